@@ -1,0 +1,1 @@
+"""Slot: one folder per clinical algorithm, each a model package."""

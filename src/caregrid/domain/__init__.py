@@ -1,0 +1,1 @@
+"""The words of caregrid: plain data and decisions, no input or output. Read this folder first."""

@@ -1,0 +1,1 @@
+"""Model packages: add, sign, verify, retire. Nothing unsigned leaves this room."""

@@ -1,0 +1,1 @@
+"""How an algorithm is run: onnx, python, container and MAP behind one contract."""

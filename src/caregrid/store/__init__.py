@@ -1,0 +1,1 @@
+"""What is kept: instance files, rows and the hash-chained audit log."""

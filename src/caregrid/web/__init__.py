@@ -1,0 +1,1 @@
+"""The web app of a site: clinician, operator and governance pages."""
