@@ -1,0 +1,229 @@
+"""What each slice of a series says about itself, read from headers alone, before any pixel is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.tag import BaseTag, Tag
+
+from caregrid.errors import VolumeRefused
+from caregrid.runtime import _frames, pixels
+
+#: Only these are read from each header; the rest, and the pixels, stay on disk.
+_KEYWORDS = [
+    "AcquisitionNumber",
+    "BitsAllocated",
+    "Columns",
+    "DiffusionBValue",
+    "EchoNumbers",
+    "EchoTime",
+    "FrameOfReferenceUID",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "ImageType",
+    "ModalityLUTSequence",
+    "NumberOfFrames",
+    "PerFrameFunctionalGroupsSequence",
+    "PixelRepresentation",
+    "PixelSpacing",
+    "RescaleIntercept",
+    "RescaleSlope",
+    "Rows",
+    "SamplesPerPixel",
+    "SeriesInstanceUID",
+    "SharedFunctionalGroupsSequence",
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "TemporalPositionIdentifier",
+    "TriggerTime",
+]
+
+_SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+_MOSAIC_TAG = 0x0019100A
+
+_TAGS: list[BaseTag] = [Tag(keyword) for keyword in _KEYWORDS] + [Tag(_MOSAIC_TAG)]
+
+#: Attributes that tell volumes in one series apart: (refusal code, functional group, keyword).
+_DIMENSIONS = (
+    ("multi-echo", "MREchoSequence", "EffectiveEchoTime"),
+    ("multi-echo", "", "EchoNumbers"),
+    ("multi-echo", "", "EchoTime"),
+    ("temporal", "FrameContentSequence", "TemporalPositionIndex"),
+    ("temporal", "", "TemporalPositionIdentifier"),
+    ("temporal", "", "TriggerTime"),
+    ("multiple-stacks", "FrameContentSequence", "StackID"),
+    ("mixed-diffusion", "MRDiffusionSequence", "DiffusionBValue"),
+    ("mixed-diffusion", "", "DiffusionBValue"),
+    ("temporal", "", "AcquisitionNumber"),
+    ("mixed-image-type", "", "ImageType"),
+)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice: a single-frame object or one frame of a multi-frame one. Positions and spacing in mm (LPS)."""
+
+    path: Path
+    sop_instance_uid: str
+    frame: int
+    frames_in_object: int
+    series_instance_uid: str
+    frame_of_reference_uid: str
+    position: NDArray[np.float64]
+    orientation: NDArray[np.float64]
+    spacing: tuple[float, float]
+    matrix: tuple[int, int]
+    scale: tuple[float, float]
+    has_lut: bool
+    compressed: bool
+    stored: np.dtype[Any]
+    dimensions: dict[tuple[str, str], Any]
+
+
+def read_slices(paths: Sequence[Path]) -> tuple[list[Slice], tuple[str, ...]]:
+    """The slices of all ``paths``, repeated files dropped, with what was corrected. Raises VolumeRefused."""
+    if not paths:
+        raise VolumeRefused(code="too-few-slices", reason="no file was given")
+    headers = _read_headers(sorted(paths))
+    headers, corrections = _without_repeats(headers)
+    for path, header in headers:
+        _check_image(path, header)
+    return [one for path, header in headers for one in _slices_of(path, header)], corrections
+
+
+def _read_headers(paths: Sequence[Path]) -> list[tuple[Path, Dataset]]:
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        return list(zip(paths, pool.map(_read_header, paths), strict=True))
+
+
+def _read_header(path: Path) -> Dataset:
+    try:
+        return dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+    except (InvalidDicomError, OSError, EOFError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        raise VolumeRefused(code="not-an-image", reason=f"{path.name} is not readable DICOM ({type(error).__name__})") from error
+
+
+def _without_repeats(headers: list[tuple[Path, Dataset]]) -> tuple[list[tuple[Path, Dataset]], tuple[str, ...]]:
+    """Drops second copies of an instance; two different objects under one UID are refused."""
+    kept: dict[str, tuple[Path, Dataset]] = {}
+    dropped = 0
+    for path, header in headers:
+        uid = str(header.get("SOPInstanceUID", "")) or str(path)
+        if uid not in kept:
+            kept[uid] = (path, header)
+        elif _same_object(kept[uid][0], path):
+            dropped += 1
+        else:
+            raise VolumeRefused(code="duplicate-instance", reason=f"two different objects carry SOP Instance UID {uid}")
+    said = (f"duplicate-instance: {dropped} repeated file(s) dropped",) if dropped else ()
+    return list(kept.values()), said
+
+
+def _same_object(first: Path, second: Path) -> bool:
+    return first.read_bytes() == second.read_bytes() or bool(dcmread(first) == dcmread(second))
+
+
+def _check_image(path: Path, header: Dataset) -> None:
+    if header.get("SOPClassUID") in _SEGMENTATIONS:
+        raise VolumeRefused(code="not-an-image", reason=f"{path.name} is a segmentation")
+    if not header.get("Rows") or not header.get("Columns"):
+        raise VolumeRefused(code="not-an-image", reason=f"{path.name} has no pixels")
+    if int(header.get("SamplesPerPixel") or 1) != 1:
+        raise VolumeRefused(code="colour", reason=f"{path.name} is a colour picture")
+    kind = _image_type(header)
+    if "MOSAIC" in kind or _MOSAIC_TAG in header:
+        raise VolumeRefused(code="mosaic", reason=f"{path.name} is a mosaic: many slices tiled in one picture")
+    if "LOCALIZER" in kind:
+        raise VolumeRefused(code="no-geometry", reason=f"{path.name} is a localizer")
+    if _frames.frame_count(header) > 1 and not _frames.is_enhanced(header):
+        raise VolumeRefused(code="no-geometry", reason=f"{path.name} has several frames and does not say where each lies")
+
+
+def _image_type(header: Dataset) -> tuple[str, ...]:
+    kind = header.get("ImageType") or ()
+    return (kind,) if isinstance(kind, str) else tuple(str(part) for part in kind)
+
+
+def _slices_of(path: Path, header: Dataset) -> list[Slice]:
+    compressed = pixels.is_compressed(header)
+    return [_slice(path, header, frame, compressed) for frame in range(1, _frames.frame_count(header) + 1)]
+
+
+def _slice(path: Path, header: Dataset, frame: int, compressed: bool) -> Slice:
+    position = _numbers(header, frame, "PlanePositionSequence", "ImagePositionPatient", 3, path)
+    orientation = _numbers(header, frame, "PlaneOrientationSequence", "ImageOrientationPatient", 6, path)
+    spacing = _numbers(header, frame, "PixelMeasuresSequence", "PixelSpacing", 2, path)
+    _check_geometry(path, orientation, spacing)
+    return Slice(
+        path=path,
+        sop_instance_uid=str(header.get("SOPInstanceUID", "")),
+        frame=frame,
+        frames_in_object=_frames.frame_count(header),
+        series_instance_uid=str(header.get("SeriesInstanceUID", "")),
+        frame_of_reference_uid=str(header.get("FrameOfReferenceUID", "")),
+        position=position,
+        orientation=orientation,
+        spacing=(float(spacing[0]), float(spacing[1])),
+        matrix=(int(header.Rows), int(header.Columns)),
+        scale=pixels.rescale(header, frame),
+        has_lut=bool(header.get("ModalityLUTSequence")),
+        compressed=compressed,
+        stored=_stored_type(header),
+        dimensions=_dimensions(header, frame),
+    )
+
+
+def _numbers(header: Dataset, frame: int, group: str, keyword: str, count: int, path: Path) -> NDArray[np.float64]:
+    stated = _frames.value(header, frame, group, keyword)
+    try:
+        numbers = np.array([float(number) for number in stated], dtype=np.float64)
+    except (TypeError, ValueError):
+        raise VolumeRefused(code="no-geometry", reason=f"{path.name} has no usable {keyword}") from None
+    if numbers.shape != (count,) or not np.all(np.isfinite(numbers)):
+        raise VolumeRefused(code="no-geometry", reason=f"{path.name} has no usable {keyword}")
+    return numbers
+
+
+def _check_geometry(path: Path, orientation: NDArray[np.float64], spacing: NDArray[np.float64]) -> None:
+    along_row, along_column = orientation[:3], orientation[3:]
+    lengths = np.array([np.linalg.norm(along_row), np.linalg.norm(along_column)])
+    if np.any(np.abs(lengths - 1.0) > 1e-2) or abs(float(along_row @ along_column)) > 1e-2:
+        raise VolumeRefused(
+            code="no-geometry", reason=f"{path.name}: ImageOrientationPatient is not two unit vectors at right angles"
+        )
+    if np.any(spacing <= 0):
+        raise VolumeRefused(code="no-geometry", reason=f"{path.name}: PixelSpacing is not positive")
+
+
+def _stored_type(header: Dataset) -> np.dtype[Any]:
+    bits = int(header.get("BitsAllocated") or 16)
+    if header.get("PixelRepresentation") is None and bits > 16:
+        return np.dtype(f"f{bits // 8}")
+    signed = int(header.get("PixelRepresentation") or 0) == 1
+    return np.dtype(f"{'i' if signed else 'u'}{(bits + 7) // 8}")
+
+
+def _dimensions(header: Dataset, frame: int) -> dict[tuple[str, str], Any]:
+    found: dict[tuple[str, str], Any] = {}
+    for code, group, keyword in _DIMENSIONS:
+        item = _frames.macro(header, frame, group) if group else header
+        value = item.get(keyword) if item is not None else None
+        if value is not None and value != "":
+            found[(code, keyword)] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float | int):
+        return round(float(value), 3)
+    return str(value)
