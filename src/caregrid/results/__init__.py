@@ -1,1 +1,38 @@
 """Slot: one file per result format or destination. A format writes; a destination sends; neither decides."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from pydicom.dataset import Dataset
+
+from caregrid.domain.findings import Findings
+from caregrid.results import dicom_sc, dicom_seg, dicom_sr
+from caregrid.results._common import Predecessor, ResultContext, Reviewer, Sent, make_uid, tracking_uid
+
+__all__ = [
+    "Predecessor",
+    "ResultContext",
+    "Reviewer",
+    "Sent",
+    "make_uid",
+    "tracking_uid",
+    "write_results",
+]
+
+
+def write_results(context: ResultContext, findings: Findings, formats: Collection[str]) -> list[tuple[str, Dataset]]:
+    """Every object of the formats asked for, as (format, data set): SEG first, so that the SR can reference its segments.
+
+    Raises KeyError for a format the slot does not have, ResultInvalid when the findings do not fit their source.
+    """
+    unknown = set(formats) - {dicom_seg.FORMAT, dicom_sr.FORMAT, dicom_sc.FORMAT}
+    if unknown:
+        raise KeyError(f"there is no result format {', '.join(sorted(unknown))}")
+    segmentations = dicom_seg.write(context, findings) if dicom_seg.FORMAT in formats else []
+    made = [(dicom_seg.FORMAT, dataset) for dataset in segmentations]
+    if dicom_sr.FORMAT in formats:
+        made += [(dicom_sr.FORMAT, dataset) for dataset in dicom_sr.write(context, findings, segmentations)]
+    if dicom_sc.FORMAT in formats:
+        made += [(dicom_sc.FORMAT, dataset) for dataset in dicom_sc.write(context, findings)]
+    return made
