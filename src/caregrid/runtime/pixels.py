@@ -203,9 +203,9 @@ def _with_pydicom(dataset: Dataset, frame: int | None, syntax: UID) -> tuple[NDA
         try:
             array, properties = decoder.as_array(dataset, index=index, decoding_plugin=plugin)
             return array, str(properties["photometric_interpretation"])
-        # C decoders raise whatever their wrappers think of. The next one may still read it; the last one's reason is told.
+        # C decoders raise whatever their wrappers think of. The next one may still read it; the first one's reason is told.
         except Exception as error:
-            reason = error
+            reason = reason or error
     raise undecodable(syntax, _code_of(reason), _reason_of(reason))
 
 
