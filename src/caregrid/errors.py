@@ -21,12 +21,16 @@
     │   ├── PackageAltered
     │   ├── SignatureExpired
     │   ├── KeyUnknown
+    │   ├── KeyRevoked
+    │   ├── PackageRefused
+    │   ├── ModelExists
     │   └── ModelStateRefused
     ├── RuntimeFailure                 6   running an algorithm
     │   ├── SandboxMissing
     │   ├── AlgorithmFailed
     │   ├── AlgorithmTimedOut
     │   ├── AlgorithmOutOfMemory
+    │   ├── AlgorithmCancelled
     │   ├── AlgorithmBroken
     │   └── InputRefused
     │       ├── VolumeRefused
@@ -39,10 +43,14 @@
     ├── StateError                     8   a change the state tables do not allow
     │   ├── TransitionRefused
     │   ├── NotFound
-    │   └── AlreadyDecided
+    │   ├── AlreadyDecided
+    │   └── ReviewOutdated
     ├── AccessError                    9   who may do what
     │   ├── LoginRefused
-    │   └── NotAllowed
+    │   ├── NotAllowed
+    │   ├── UserInvalid
+    │   ├── SignInNeeded
+    │   └── FormRefused
     └── AuditBroken                    10  the hash chain does not hold
 
 Details never hold patient data: say which file, tag, UID or setting, never a name, identifier or date of a person.
@@ -134,6 +142,11 @@ class WorkflowError(CaregridError):
 class WorkflowInvalid(WorkflowError):
     """{file}:{line}: {reason}"""
 
+    @property
+    def problems(self) -> list[tuple[int, str]]:
+        """All that is wrong with the file, as (line, reason)."""
+        return list(self.details.get("problems", ()))
+
 
 class WorkflowUnknown(WorkflowError):
     """No workflow is called {name}"""
@@ -177,6 +190,18 @@ class KeyUnknown(RegistryError):
     """Model {name} {version} is signed by key {key_id}, which this site does not trust"""
 
 
+class KeyRevoked(RegistryError):
+    """Model {name} {version} is signed by key {key_id}, which this site has revoked"""
+
+
+class PackageRefused(RegistryError):
+    """The model package cannot be taken in: {file} {reason}"""
+
+
+class ModelExists(RegistryError):
+    """A different package is already in the registry as {name} {version}; a changed package needs another version"""
+
+
 class ModelStateRefused(RegistryError):
     """Model {name} {version} is {state} and cannot run"""
 
@@ -204,6 +229,12 @@ class AlgorithmTimedOut(RuntimeFailure):
 
 class AlgorithmOutOfMemory(RuntimeFailure):
     """Algorithm {name} {version} needed more than its {memory_mb} MB and was stopped"""
+
+
+class AlgorithmCancelled(RuntimeFailure):
+    """Algorithm {name} {version} was stopped because its run was cancelled"""
+
+    retryable = False
 
 
 class AlgorithmBroken(RuntimeFailure):
@@ -266,6 +297,10 @@ class AlreadyDecided(StateError):
     """Review {key} was already decided: {decision} by {who}"""
 
 
+class ReviewOutdated(StateError):
+    """The result changed after the page was opened; nothing was recorded. Look at the new result and decide again"""
+
+
 class AccessError(CaregridError):
     """That is not allowed"""
 
@@ -278,6 +313,18 @@ class LoginRefused(AccessError):
 
 class NotAllowed(AccessError):
     """Role {roles} may not {action}"""
+
+
+class UserInvalid(AccessError):
+    """The user cannot be kept: {reason}"""
+
+
+class SignInNeeded(AccessError):
+    """Sign in to see this page"""
+
+
+class FormRefused(AccessError):
+    """The form was not sent from one of our pages, or the page was left open too long; go back, reload and try again"""
 
 
 class AuditBroken(CaregridError):

@@ -23,10 +23,11 @@ class Trigger:
 class Condition:
     """One node of a condition tree.
 
-    op: ``all``, ``any``, ``not`` (children); ``any_series``, ``all_series``, ``study`` (children are tests on the attributes
-    of series or study); ``result`` (tests on values of an earlier run task); or a test: equals, not_equals, in, contains, matches,
-    at_least, at_most, greater, less, before, after, present, absent. attribute: DICOM keyword or result value name.
-    line: where it stands in the file.
+    op: ``all``, ``any``, ``not`` (children); ``study``, ``any_series``, ``all_series``, ``any_instance``, ``all_instances``
+    (children are put to the study, or to a series or instance of it); ``result`` (tests on values of an earlier run task); a
+    test: equals, not_equals, in, contains, matches, at_least, at_most, greater, less, before, after, present, absent; or
+    ``one_value``, ``all_values`` (children are tests one value, or every value, of the attribute must pass together).
+    attribute: DICOM keyword, tag or path, or result value name. value: decoded to the attribute's type. line: in the file.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Condition:
     value: Any = None
     task: str = ""
     line: int = 0
+    ignoring_case: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,15 @@ class Retry:
 
 @dataclass(frozen=True)
 class Task:
-    """One task. ``after``: ids it waits for, ``branch.case`` for one case of a branch.
+    """One task. ``after``: ids it waits for, those implied by its options too; ``branch.case`` for one case of a branch,
+    ``review.accepted`` (corrected, rejected) for one decision of a review. on_error: fail (the run) or continue (without it).
 
     options by kind —
       select: series (Condition tree or None), choose (all|first|newest|most_instances), frames (tuple[int, ...] or None)
       run: algorithm, version ("" = newest active), input (select task id or "" = whole study), parameters (dict)
       branch: cases: tuple of (name, Condition); otherwise: name of the case taken when none holds
       join: wait_for (ids; goes on when all have ended and at least one was done)
-      review: of (run task ids), roles, reason text
+      review: of (run task ids), roles, question (what the clinician is asked)
       deliver: results (run task ids), formats, destinations, only_if_accepted (bool)
       notify: channel (log|webhook), to, message
     """
@@ -71,7 +74,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Workflow:
-    """A validated workflow. revision: sha256 of the source text (first 12 hex digits); runs are pinned to it."""
+    """A validated workflow. revision: sha256 of the source text (first 12 hex digits); runs are pinned to it.
+
+    priority_when: (priority, condition) in the order they are tried; ``priority`` when none holds.
+    """
 
     name: str
     description: str
@@ -82,6 +88,7 @@ class Workflow:
     tasks: tuple[Task, ...]
     revision: str
     source_text: str
+    priority_when: tuple[tuple[str, Condition], ...] = ()
 
     def task(self, task_id: str) -> Task:
         """The task called ``task_id``; KeyError when there is none."""
