@@ -16,7 +16,7 @@ STUDY = _table(
     {
         "receiving": "receiving complete held",
         "held": "complete cancelled receiving",
-        "complete": "processing no-workflow receiving",
+        "complete": "processing no-workflow receiving failed",
         "processing": "done failed awaiting-review cancelled receiving",
         "awaiting-review": "processing done failed cancelled receiving",
         "no-workflow": "receiving processing complete",
@@ -32,10 +32,10 @@ RUN = _table(
         "queued": "running cancelled parked",
         "running": "running queued awaiting-review delivering done failed parked cancelled",
         "awaiting-review": "queued running cancelled failed",
-        "delivering": "done parked running queued cancelled",
+        "delivering": "done parked cancelled",
         "parked": "queued cancelled delivering done",
         "failed": "queued cancelled",
-        "done": "queued",
+        "done": "",  # to run a done study again, the study is judged anew as a new generation
         "cancelled": "queued",
     }
 )

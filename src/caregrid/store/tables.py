@@ -34,7 +34,7 @@ instance = sa.Table(
     sa.Column("rows", Integer),
     sa.Column("columns", Integer),
     sa.Column("sha256", Text, nullable=False),
-    sa.Column("size", Integer, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("path", Text, nullable=False),  # relative to the store's folder
     sa.Column("protocol", Text, nullable=False),
     sa.Column("calling_ae", Text, nullable=False),
@@ -70,6 +70,7 @@ study = sa.Table(
     sa.Column("address", Text, nullable=False),
     sa.Column("first_received_at", Text, nullable=False),
     sa.Column("last_received_at", Text, nullable=False),
+    sa.Column("opened_at", Text),  # when late instances opened it again; None: when first received
     sa.Column("completed_at", Text),
     sa.Column("expected_instances", Integer),
     sa.Column("completion", JSON),  # the evidence completion rested on
@@ -105,7 +106,7 @@ quarantine = sa.Table(
     sa.Column("reason", Text, nullable=False),
     sa.Column("error", Text, nullable=False),  # class of caregrid.errors
     sa.Column("sha256", Text, nullable=False),
-    sa.Column("size", Integer, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("path", Text, nullable=False),
 )
 
@@ -226,7 +227,7 @@ result = sa.Table(
     sa.Column("kind", Text, nullable=False),  # dicom_seg, dicom_sr, dicom_sc, dicom_kos
     sa.Column("path", Text, nullable=False),
     sa.Column("sha256", Text, nullable=False),
-    sa.Column("size", Integer, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("state", Text, nullable=False),  # valid, invalid, withdrawn
     sa.Column("validation", JSON, nullable=False),
     sa.Column("created_at", Text, nullable=False),
