@@ -9,14 +9,17 @@ from pydicom.dataset import Dataset
 from caregrid.domain.findings import Findings
 from caregrid.results import dicom_sc, dicom_seg, dicom_sr
 from caregrid.results._common import Predecessor, ResultContext, Reviewer, Sent, make_uid, tracking_uid
+from caregrid.results._validation import Validation, validate
 
 __all__ = [
     "Predecessor",
     "ResultContext",
     "Reviewer",
     "Sent",
+    "Validation",
     "make_uid",
     "tracking_uid",
+    "validate",
     "write_results",
 ]
 

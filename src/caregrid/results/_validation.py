@@ -1,0 +1,76 @@
+"""Checks a result before it leaves: the checklist, the tables of the standard, and the validators on this machine.
+
+Messages name tags and UIDs, never a value of the patient or study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+
+from caregrid.results import _check_carriers, _check_object, _check_seg, _check_sr, _tools
+from caregrid.results._subject import Check, Subject
+
+#: (level, line of the checklist, check). Level A holds the object back, level B is a warning.
+CHECKS: tuple[tuple[str, str, Check], ...] = (
+    *_check_object.CHECKS,
+    *_check_seg.CHECKS,
+    *_check_sr.CHECKS,
+    *_check_carriers.CHECKS,
+)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The outcome. errors hold the object back; warnings are kept with it. checked_by: what looked at it."""
+
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    checked_by: tuple[str, ...] = ("caregrid",)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the object may leave."""
+        return not self.errors
+
+
+def validate(
+    result: Path | Dataset,
+    sources: Sequence[Path | Dataset] = (),
+    companions: Sequence[Dataset] = (),
+    tools: bool = True,
+) -> Validation:
+    """Check one SEG, SR, SC or KOS object.
+
+    sources: the instances the algorithm read (files as received), for what must be copied from them. companions: other
+    results of the run, for what must agree between them. tools: also ask dcmtk and dciodvfy where they are installed.
+    """
+    raw = _bytes(result)
+    try:
+        dataset = dcmread(BytesIO(raw))
+    except (InvalidDicomError, EOFError, ValueError, OSError):
+        return Validation(errors=("6.1.9: not a readable DICOM file",))
+    headers = tuple(dcmread(item, stop_before_pixels=True) if isinstance(item, Path) else item for item in sources)
+    subject = Subject(dataset, raw, headers, tuple(companions))
+    said: dict[str, list[str]] = {"A": [], "B": []}
+    for level, line, check in CHECKS:
+        said[level] += [f"{line}: {fault}" for fault in check(subject)]
+    opinions = _tools.ask(subject) if tools else []
+    errors = [f"{opinion.tool}: {fault}" for opinion in opinions for fault in opinion.errors]
+    warnings = [f"{opinion.tool}: {remark}" for opinion in opinions for remark in opinion.warnings]
+    asked = ("caregrid", *(opinion.tool for opinion in opinions))
+    return Validation((*said["A"], *errors), (*said["B"], *warnings), asked)
+
+
+def _bytes(result: Path | Dataset) -> bytes:
+    if isinstance(result, Path):
+        return result.read_bytes()
+    buffer = BytesIO()
+    result.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
