@@ -103,13 +103,14 @@ class Step:
 class Attribute:
     """A parsed name. kind: number, age, date, time, datetime, text, unknown (private), opaque (only present or absent).
 
-    disclosure: open (value and wanted value may be told), constant (only the wanted value), closed (neither).
+    vr: "" when not known. disclosure: open (value and wanted value may be told), constant (only the wanted value), closed (neither).
     """
 
     name: str
     steps: tuple[Step, ...]
     kind: str
     disclosure: str
+    vr: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,13 @@ def attribute(name: str) -> Attribute:
         inside = next(word for word, vr in zip(kept, vrs, strict=True) if vr != "SQ")
         raise ConditionError(condition=name, reason=f"{inside} is not a sequence, so nothing lies inside it")
     kind = "unknown" if vrs[-1] == "" else _KIND_BY_VR.get(vrs[-1], "opaque")
-    return Attribute(".".join(kept), tuple(steps), kind, _disclosure(kept, vrs, steps, kind))
+    return Attribute(".".join(kept), tuple(steps), kind, _disclosure(kept, vrs, steps, kind), vrs[-1])
 
 
 def _split(name: str) -> list[str]:
     parts = re.findall(r"\([^)]*\)|[^.()]+", name)
     if not parts or ".".join(parts) != name or len(parts) > 8:
-        raise ConditionError(condition=name, reason="is neither a DICOM keyword, a tag like (0018,0050), nor a path of them")
+        raise ConditionError(condition=name, reason=f"{name!r} is not a DICOM keyword, a tag like (0018,0050), or a path of them")
     return parts
 
 
@@ -150,7 +151,7 @@ def _step(name: str, part: str) -> tuple[Step, str, str]:
     if found := _BLOCK_TAG.match(part):
         group = int(found[1], 16)
         if group % 2 == 0:
-            raise ConditionError(condition=name, reason="only private (odd) groups have a creator")
+            raise ConditionError(condition=name, reason=f"{part}: only private (odd) groups have a creator")
         return Step(group, int(found[2], 16), found[3].strip()), "", part
     if found := _TAG.match(part):
         group, element = int(found[1], 16), int(found[2], 16)
@@ -162,7 +163,8 @@ def _step(name: str, part: str) -> tuple[Step, str, str]:
         return Step(tag_of >> 16, tag_of & 0xFFFF), dictionary_VR(tag_of), part
     if part in COUNTED:
         return Step(0, 0), "CS" if part == "ModalitiesInStudy" else "IS", part
-    raise ConditionError(condition=name, reason=f"{part} is not a DICOM keyword{did_you_mean(part, _KEYWORDS)}")
+    what = "a tag like (0018,0050)" if part.startswith("(") else "a DICOM keyword"
+    raise ConditionError(condition=name, reason=f"{part} is not {what}{did_you_mean(part, _KEYWORDS)}")
 
 
 def did_you_mean(word: str, known: Iterator[str] | tuple[str, ...] | list[str]) -> str:

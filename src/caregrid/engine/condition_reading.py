@@ -113,7 +113,7 @@ class ConditionReader:
         try:
             attr = attribute(name)
         except ConditionError as error:
-            self.problems.add(key, str(error.details["reason"]) if name in str(error.details["reason"]) else str(error))
+            self.problems.add(key, str(error.details["reason"]))
             return None
         if COUNTED.get(attr.name, level) != level:
             self.problems.add(key, f"{attr.name} is counted over a {COUNTED[attr.name]}, not over {level}")

@@ -61,6 +61,16 @@ def _value(entries: Entries, key: str) -> Node | None:
     return entries[key][1] if key in entries else None
 
 
+def _choices(node: Node | None, what: str, choices: tuple[str, ...], problems: Problems) -> tuple[str, ...]:
+    """One or several of ``choices``, each once."""
+    for item in lines.items(node):
+        value = lines.text_of(item, what, problems)
+        if value and value not in choices:
+            hint = did_you_mean(value, choices) or f"; known are: {', '.join(choices)}"
+            problems.add(item, f"unknown {what} {value}{hint}")
+    return tuple(dict.fromkeys(each for each in lines.texts_of(node, what, problems) if each in choices))
+
+
 class TaskReader:
     """Reads the tasks of one file; ``refs`` are the references found on the way."""
 
@@ -141,15 +151,6 @@ class TaskReader:
             self.problems.add(node, f"unknown {key} {value}{hint}")
             return default
         return value
-
-    def _choices(self, node: Node | None, what: str, choices: tuple[str, ...]) -> tuple[str, ...]:
-        found = lines.texts_of(node, what, self.problems)
-        for item in lines.items(node):
-            value = lines.text_of(item, what, Problems(""))
-            if value and value not in choices:
-                hint = did_you_mean(value, choices) or f"; known are: {', '.join(choices)}"
-                self.problems.add(item, f"unknown {what} {value}{hint}")
-        return tuple(dict.fromkeys(each for each in found if each in choices))
 
     def _duration(self, node: Node | None, what: str, default: float, least: float = 1.0) -> float:
         """Seconds: ``10s``, ``5m``, ``2h``, ``3d`` or a number."""
@@ -244,7 +245,7 @@ class TaskReader:
     def _review(self, task_id: str, entries: Entries, node: Node) -> dict[str, Any]:
         self._required(task_id, entries, "of", node)
         may_decide = tuple(sorted(ACTIONS["decide review"]))
-        roles = self._choices(_value(entries, "roles"), "role that may decide a review", may_decide)
+        roles = _choices(_value(entries, "roles"), "role that may decide a review", may_decide, self.problems)
         return {
             "of": self._refs(task_id, entries, "of", at_least=1),
             "roles": roles or may_decide,
@@ -257,7 +258,7 @@ class TaskReader:
         destinations = lines.texts_of(_value(entries, "destinations"), "destinations", self.problems)
         if "destinations" in entries and not destinations:
             self.problems.add(entries["destinations"][0], f"task {task_id}: destinations is empty")
-        formats = self._choices(_value(entries, "formats"), "format", RESULT_FORMATS)
+        formats = _choices(_value(entries, "formats"), "format", RESULT_FORMATS, self.problems)
         if "formats" in entries and not lines.items(entries["formats"][1]):
             self.problems.add(entries["formats"][0], f"task {task_id}: formats is empty")
         return {
@@ -292,11 +293,10 @@ def read_name(entries: Entries, root: Node, problems: Problems) -> str:
 def read_trigger(node: Node | None, problems: Problems) -> Trigger:
     """``trigger:`` with called_ae, source and protocol; each a text or a list."""
     entries = lines.pairs(node, "trigger", problems, ("called_ae", "source", "protocol"))
-    reader = TaskReader(problems)
     return Trigger(
         called_ae=lines.texts_of(_value(entries, "called_ae"), "called_ae", problems),
         source=lines.texts_of(_value(entries, "source"), "source", problems),
-        protocol=reader._choices(_value(entries, "protocol"), "protocol", PROTOCOLS),
+        protocol=_choices(_value(entries, "protocol"), "protocol", PROTOCOLS, problems),
     )
 
 

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
-from caregrid.domain.study import Source, StudyRef
+from pydicom import Dataset
+
+from caregrid.domain.study import InstanceRef, SeriesRef, Source, StudyRef
 from caregrid.domain.workflow import Task, Trigger, Verdict, Workflow
 from caregrid.engine import yaml_lines as lines
 from caregrid.engine.condition_reading import ConditionReader
 from caregrid.engine.conditions import Headers, Scope, evaluate
 from caregrid.engine.workflow_graph import connect, order
 from caregrid.engine.workflow_reading import WORKFLOW_KEYS, TaskReader, read_name, read_priority, read_trigger
+from caregrid.engine.workflow_warnings import warnings
 
 
 def parse_workflow(text: str, file: str = "workflow.yaml") -> Workflow:
@@ -105,3 +110,72 @@ def trigger_missed(trigger: Trigger, source: Source, source_names: Collection[st
 def _like(value: str, wanted: str) -> bool:
     shape = "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in wanted)
     return re.fullmatch(shape, value) is not None
+
+
+# trying a workflow out ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a workflow would have done: studies judged, those it applies to, and each verdict by Study Instance UID."""
+
+    total: int
+    would_fire: int
+    verdicts: tuple[tuple[str, Verdict], ...]
+
+
+def dry_run(workflow: Workflow, studies: Iterable[StudyRef], headers: Headers) -> DryRun:
+    """Judge ``workflow`` on studies without running anything."""
+    verdicts = tuple((study.study_instance_uid, judge(workflow, study, headers)) for study in studies)
+    return DryRun(len(verdicts), sum(each.applies for _, each in verdicts), verdicts)
+
+
+def test_file(workflow: Workflow, dataset: Dataset, called_ae: str = "", calling_ae: str = "") -> Verdict:  # noqa: PT028 - not a test
+    """The verdict on a study made of this one object. Without AE titles the trigger is not judged.
+
+    Conditions that count series or instances see one of each.
+    """
+    study = study_of_one(dataset, Source("dimse", calling_ae, called_ae, ""))
+    if called_ae or calling_ae:
+        return judge(workflow, study, lambda _: dataset)
+    return _by_conditions(workflow, study, lambda _: dataset, ("trigger: not judged, no AE title was given",))
+
+
+# pytest must not take the function for a test where it is imported.
+test_file.__test__ = False  # type: ignore[attr-defined]
+
+
+def study_of_one(dataset: Dataset, source: Source) -> StudyRef:
+    """A study of one series with one instance, as one object alone would make."""
+    syntax = str(getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", ""))
+    series_uid = str(dataset.get("SeriesInstanceUID", ""))
+    instance = InstanceRef(
+        str(dataset.get("SOPInstanceUID", "")), str(dataset.get("SOPClassUID", "")), series_uid, syntax, Path("one.dcm")
+    )
+    series = SeriesRef(series_uid, str(dataset.get("Modality", "")), str(dataset.get("SeriesDescription", "")), (instance,))
+    return StudyRef(str(dataset.get("StudyInstanceUID", "")), 0, source, (series,))
+
+
+def explain(verdicts: Iterable[Verdict]) -> list[str]:
+    """Verdicts as lines for people: each workflow with its reason, and under it every step that was judged."""
+    found = []
+    for each in sorted(verdicts, key=lambda verdict: (not verdict.applies, verdict.workflow)):
+        found.append(f"{each.workflow} ({each.revision}) {'applies' if each.applies else 'does not apply'}: {each.reason}")
+        found += [f"    {line}" for line in each.trail]
+    return found
+
+
+__all__ = [
+    "DryRun",
+    "dry_run",
+    "explain",
+    "judge",
+    "parse_workflow",
+    "priority_of",
+    "revision_of",
+    "study_of_one",
+    "test_file",
+    "topological_order",
+    "trigger_missed",
+    "warnings",
+]
