@@ -204,7 +204,7 @@ def test_signature_of_an_older_package_does_not_hold_for_a_newer(registry: Regis
     new = registry.add(make_package(tmp_path / "q", version="1.1.0"), "ann", "wanted").digest
     content = (files_of(registry, old) / SIGNATURE_FILE).read_bytes()
     (files_of(registry, new) / SIGNATURE_FILE).write_bytes(content)
-    with pytest.raises(SignatureRefused, match="it is for counting 1.0.0"):
+    with pytest.raises(SignatureRefused, match=r"it is for counting 1\.0\.0"):
         registry.verify("counting", "1.1.0")
 
 
@@ -276,8 +276,17 @@ def test_newest_active_by_semantic_version(registry: Registry, key: bytes, tmp_p
 
 
 def test_precedence_is_semvers_own_example() -> None:
-    order = "1.0.0-alpha 1.0.0-alpha.1 1.0.0-alpha.beta 1.0.0-beta 1.0.0-beta.2 1.0.0-beta.11 1.0.0-rc.1 1.0.0".split()
-    assert sorted(reversed(order), key=precedence) == order
+    order = [
+        "1.0.0-alpha",
+        "1.0.0-alpha.1",
+        "1.0.0-alpha.beta",
+        "1.0.0-beta",
+        "1.0.0-beta.2",
+        "1.0.0-beta.11",
+        "1.0.0-rc.1",
+        "1.0.0",
+    ]
+    assert sorted(order[::-1], key=precedence) == order
 
 
 def test_keys_with_a_passphrase_and_of_another_kind(registry: Registry, tmp_path: Path) -> None:
