@@ -256,7 +256,7 @@ def model_add(folder: Path, why: Why = "added", home: Home = HERE) -> None:
 @model_app.command("keygen")
 def model_keygen(name: str, folder: Annotated[Path, typer.Option(help="Where the two PEM files go.")] = HERE) -> None:
     """Make an Ed25519 key pair: <name>.key (keep it safe) and <name>.pub."""
-    from caregrid.registry.keys import new_keypair
+    from caregrid.registry.signing import new_keypair
 
     private, public = new_keypair()
     folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +310,7 @@ def model_retire(name: str, version: str, why: Why, home: Home = HERE) -> None:
 def model_list(home: Home = HERE) -> None:
     """Every model of the registry."""
     rows = [
-        [each["name"], each["version"], each["state"], each["signed_by"], (each["expires_at"] or "")[:10], each["digest"][:12]]
+        [each.name, each.version, each.state, each.signed_by, (each.expires_at or "")[:10], each.digest[:12]]
         for each in _open(home).registry.list()
     ]
     _table("Models", ["name", "version", "state", "signed by", "until", "digest"], rows)

@@ -210,18 +210,10 @@ class Completion:
                 why = f"{count} late instances kept and, by policy, not run again"
                 audit.append(connection, who="caregrid", what="late instances ignored", subject=f"study:{uid}", why=why)
                 return
-            cancel_current_runs(connection, row, f"superseded: {count} late instances came")
             why = f"{count} late instances came after completion"
-            move_study(
-                connection,
-                uid,
-                "receiving",
-                who="caregrid",
-                why=why,
-                late_instances=0,
-                generation=row["generation"] + 1,
-                opened_at=now(),
-            )
+            opened = {"late_instances": 0, "generation": row["generation"] + 1, "opened_at": now()}
+            move_study(connection, uid, "receiving", who="caregrid", why=why, **opened)
+            cancel_current_runs(connection, row, f"superseded: {why}")
             if policy == "ask":
                 move_study(connection, uid, "held", who="caregrid", why=f"{why}; an operator decides")
 
@@ -254,6 +246,6 @@ def rerun(engine: sa.Engine, study_instance_uid: str, who: str, why: str) -> Non
         row = study_row(connection, study_instance_uid)
         if row["state"] in OPEN_STATES:
             raise TransitionRefused(thing="study", old=row["state"], new="complete")
-        cancel_current_runs(connection, row, f"superseded: {why}")
         move_study(connection, study_instance_uid, "receiving", who=who, why=why, generation=row["generation"] + 1)
+        cancel_current_runs(connection, row, f"superseded: {why}")
         move_study(connection, study_instance_uid, "complete", who=who, why=why, completed_at=now())

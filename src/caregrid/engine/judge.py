@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from caregrid.domain.study import InstanceRef, StudyRef
 from caregrid.domain.workflow import Verdict, Workflow
 from caregrid.engine.workflows import judge as judge_workflow
-from caregrid.engine.workflows import parse_workflow, topological_order
-from caregrid.errors import RegistryError, WorkflowInvalid, WorkflowUnknown
+from caregrid.engine.workflows import parse_workflow, priority_of, topological_order
+from caregrid.errors import RegistryError, WorkflowUnknown
 from caregrid.registry.registry import Registry
 from caregrid.store import audit
 from caregrid.store.database import reading, writing
@@ -181,7 +181,7 @@ class Judge:
         if connection.scalar(sa.select(run.c.id).where(run.c.id == key)):
             return
         models, problem = self._pin_models(flow)
-        priority = run_priority(flow, study, headers)
+        priority = priority_of(flow, study, headers)
         connection.execute(
             run.insert().values(
                 id=key,
@@ -240,21 +240,3 @@ class Judge:
                 for row in rows:
                     self.queue.enqueue(connection, row.id, row.round, "off-peak")
         return len(rows)
-
-
-def run_priority(flow: Workflow, study: StudyRef, headers: Callable[[InstanceRef], Any]) -> str:
-    """The run's priority: the workflow's own."""
-    return flow.priority
-
-
-__all__ = [
-    "CachedHeaders",
-    "Judge",
-    "WorkflowInvalid",
-    "active_workflows",
-    "add_workflow",
-    "off_peak_now",
-    "pinned_workflow",
-    "read_header",
-    "retire_workflow",
-]
