@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,16 +92,11 @@ def read_slices(paths: Sequence[Path]) -> tuple[list[Slice], tuple[str, ...]]:
     """The slices of all ``paths``, repeated files dropped, with what was corrected. Raises VolumeRefused."""
     if not paths:
         raise VolumeRefused(code="too-few-slices", reason="no file was given")
-    headers = _read_headers(sorted(paths))
+    headers = [(path, _read_header(path)) for path in sorted(paths)]
     headers, corrections = _without_repeats(headers)
     for path, header in headers:
         _check_image(path, header)
     return [one for path, header in headers for one in _slices_of(path, header)], corrections
-
-
-def _read_headers(paths: Sequence[Path]) -> list[tuple[Path, Dataset]]:
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        return list(zip(paths, pool.map(_read_header, paths), strict=True))
 
 
 def _read_header(path: Path) -> Dataset:

@@ -5,11 +5,13 @@ Frames are numbered from 1, as in DICOM. Decoders are C code on hostile input: c
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames, get_frame
 from pydicom.pixels import apply_color_lut, apply_modality_lut, get_decoder
@@ -65,14 +67,16 @@ def decode(dataset: Dataset, frame: int | None = None) -> NDArray[Any]:
     """
     syntax = transfer_syntax(dataset)
     _check_frame(dataset, frame, syntax)
-    if "PixelData" not in dataset and "FloatPixelData" not in dataset and "DoubleFloatPixelData" not in dataset:
+    if not any(dataset.get(keyword) for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise undecodable(syntax, "no-pixels", "the object holds no pixel data")
     _check_whole(dataset, frame, syntax)
     if _needs_dcmtk(dataset, syntax):
         dataset, syntax = _dcmtk.decompress(dataset, syntax), ExplicitVRLittleEndian
     array, meaning = _with_pydicom(dataset, frame, syntax)
     array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-    return _palette(array, dataset, syntax) if meaning == "PALETTE COLOR" else array
+    if meaning == "PALETTE COLOR":
+        return _palette(array, dataset, syntax)
+    return _rgb(array, meaning, syntax) if is_colour(dataset) else array
 
 
 def modality_values(dataset: Dataset, frame: int | None = None) -> NDArray[Any]:
@@ -181,7 +185,7 @@ def _check_whole(dataset: Dataset, frame: int | None, syntax: UID) -> None:
             if _END_OF_IMAGE not in coded[-16:]:
                 raise undecodable(syntax, "truncated", f"frame {wanted[found]} of {count} stops before its end marker")
             found += 1
-    except (ValueError, IndexError, EOFError):
+    except (ValueError, IndexError, EOFError, struct.error):
         found = min(found, len(wanted) - 1)
         raise undecodable(syntax, "truncated", f"frame {wanted[found]} of {count} is not there") from None
     if found < len(wanted):
@@ -201,7 +205,8 @@ def _with_pydicom(dataset: Dataset, frame: int | None, syntax: UID) -> tuple[NDA
     reason: Exception | None = None
     for plugin in [name for name in plugins if not name or name in decoder.available_plugins]:
         try:
-            array, properties = decoder.as_array(dataset, index=index, decoding_plugin=plugin)
+            # pydicom types these options as one dictionary.
+            array, properties = decoder.as_array(dataset, index=index, decoding_plugin=plugin, as_rgb=False)  # type: ignore[arg-type]
             return array, str(properties["photometric_interpretation"])
         # C decoders raise whatever their wrappers think of. The next one may still read it; the first one's reason is told.
         except Exception as error:
@@ -228,6 +233,20 @@ def _reason_of(reason: Exception | None) -> str:
     # pydicom's first line only says that a plug-in failed; the last one says why.
     lines = str(reason).strip().splitlines()
     return lines[-1].strip()[:200] if lines else type(reason).__name__
+
+
+def _rgb(array: NDArray[Any], meaning: str, syntax: UID) -> NDArray[Any]:
+    """RGB of what the decoder gave. JPEG 2000's own colour transforms (ICT, RCT) are undone by the decoder already."""
+    if meaning in ("RGB", "YBR_ICT", "YBR_RCT"):
+        return array
+    if meaning not in ("YBR_FULL", "YBR_FULL_422") or array.dtype != np.uint8:
+        raise undecodable(syntax, "broken", f"colour model {meaning} at {8 * array.dtype.itemsize} bits is not supported")
+    # Pillow's tables are those of libjpeg, and ten times as fast as the floating-point conversion of pydicom.
+    size = (array.shape[-2], array.shape[-3])
+    out = np.empty_like(array)
+    for ycc, rgb in zip(array.reshape(-1, *array.shape[-3:]), out.reshape(-1, *array.shape[-3:]), strict=True):
+        rgb[...] = np.asarray(Image.frombytes("YCbCr", size, ycc.tobytes()).convert("RGB"))
+    return out
 
 
 def _is_palette(dataset: Dataset) -> bool:

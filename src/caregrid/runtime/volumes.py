@@ -294,11 +294,22 @@ def _fill(out: NDArray[Any], slices: list[Slice], numbers: list[int], with_lut: 
 
 
 def _modality_units(out: NDArray[Any], scales: list[tuple[float, float]]) -> NDArray[Any]:
+    """Rescaled in place where the stored type has 16 bits and every value fits int16; ``out`` is used up."""
     whole = out.dtype.kind in "iu" and all(
         pixels.fits_int16(int(one.min()), int(one.max()), *scale) for one, scale in zip(out, scales, strict=True)
     )
-    kind = np.int16 if whole else np.float32
-    result = out.view(np.int16) if whole and out.dtype.itemsize == 2 else np.empty(out.shape, dtype=kind)
+    if whole and out.dtype.itemsize == 2:
+        result = out.view(np.int16)
+        for one, (slope, intercept) in zip(result, scales, strict=True):
+            # Arithmetic modulo 2^16 is right here: the true result is known to fit.
+            one *= _int16(slope)
+            one += _int16(intercept)
+        return result
+    result = np.empty(out.shape, dtype=np.int16 if whole else np.float32)
     for number, (slope, intercept) in enumerate(scales):
         result[number] = pixels.scaled(out[number], slope, intercept)
     return result
+
+
+def _int16(number: float) -> np.int16:
+    return np.int16((int(number) + 0x8000) % 0x10000 - 0x8000)
