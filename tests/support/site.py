@@ -94,13 +94,6 @@ def make_site(home: Path, settings: str, workflow: str = "", *, builtin: bool = 
     return site
 
 
-def free_port() -> int:
-    """A TCP port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Part:
     """One process of a site, to be killed and started again."""
 
