@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from highdicom._standard_utils import is_attribute_in_iod
 from pydicom.dataset import Dataset
 
 from caregrid.domain.findings import Findings
@@ -20,8 +21,14 @@ __all__ = [
     "make_uid",
     "tracking_uid",
     "validate",
+    "warm_up",
     "write_results",
 ]
+
+
+def warm_up() -> None:
+    """Load the tables the writers need (about half a second), so that the first result does not wait for it."""
+    is_attribute_in_iod("ContentDate", "1.2.840.10008.5.1.4.1.1.66.4")
 
 
 def write_results(context: ResultContext, findings: Findings, formats: Collection[str]) -> list[tuple[str, Dataset]]:

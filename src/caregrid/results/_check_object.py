@@ -15,6 +15,8 @@ from caregrid.results._subject import KO, MODALITIES, SC, SR, Check, Subject, li
 
 _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))+")
 _FLATTENED = frozenset({"SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ContentSequence"})
+#: Long, and without a text that a character set governs.
+_WITHOUT_TEXT = ("PerFrameFunctionalGroupsSequence", "CurrentRequestedProcedureEvidenceSequence", "ReferencedSeriesSequence")
 _IDENTITY = ("StudyInstanceUID", *IDENTITY_TYPE_2, "IssuerOfPatientID")
 
 
@@ -67,7 +69,9 @@ def check_class(subject: Subject) -> Iterator[str]:
 
 def check_character_set(subject: Subject) -> Iterator[str]:
     """All text decodes with the character set declared (6.1.4)."""
-    copy = dcmread(BytesIO(subject.raw))
+    copy = dcmread(BytesIO(subject.raw), stop_before_pixels=True)
+    for keyword in _WITHOUT_TEXT:
+        copy.pop(keyword, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

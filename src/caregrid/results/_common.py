@@ -169,9 +169,12 @@ class ResultContext:
 
     @property
     def zone(self) -> timezone:
-        """Offset for every date and time in the results: the source's own when it says one, else that of started_at."""
+        """Offset of every date and time in the results: the source's own when it says one, else this machine's at that time.
+
+        One object has one offset (PS3.3 C.12.1.1.8), and the source's study date is in local time, not in UTC.
+        """
         said = zone_from_text(str(self.identity.get("TimezoneOffsetFromUTC", "") or ""))
-        return said or timezone(self.started_at.utcoffset() or timedelta(0))
+        return said or timezone(self.started_at.astimezone().utcoffset() or timedelta(0))
 
 
 def make_uid(seed: str, *parts: object) -> str:

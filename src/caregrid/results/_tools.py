@@ -14,7 +14,7 @@ from pathlib import Path
 from pydicom.datadict import tag_for_keyword
 
 from caregrid.results._common import IDENTITY_TYPE_2, IDENTITY_TYPE_3
-from caregrid.results._subject import KO, SR, Subject
+from caregrid.results._subject import KO, SR
 
 _SECONDS = 120
 
@@ -32,14 +32,14 @@ class Opinion:
     warnings: tuple[str, ...] = ()
 
 
-def ask(subject: Subject) -> list[Opinion]:
+def ask(sop_class: str, raw: bytes) -> list[Opinion]:
     """The opinions of all tools on this machine that can judge the object, in parallel."""
     judges: list[Callable[[Path], Opinion | None]] = [_dcmftest, _dcmdump, _dciodvfy]
-    if subject.sop_class in (SR, KO):
+    if sop_class in (SR, KO):
         judges.append(_dsrdump)
     with tempfile.TemporaryDirectory(prefix="caregrid-check-") as folder, ThreadPoolExecutor(len(judges)) as pool:
         path = Path(folder) / "result.dcm"
-        path.write_bytes(subject.raw)
+        path.write_bytes(raw)
         return [opinion for opinion in pool.map(lambda judge: judge(path), judges) if opinion is not None]
 
 

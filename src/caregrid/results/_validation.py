@@ -6,6 +6,7 @@ Messages name tags and UIDs, never a value of the patient or study.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
 from caregrid.results import _check_carriers, _check_object, _check_seg, _check_sr, _tools
+from caregrid.results._common import IDENTITY_TYPE_2, IDENTITY_TYPE_3
 from caregrid.results._subject import Check, Subject
 
 #: (level, line of the checklist, check). Level A holds the object back, level B is a warning.
@@ -23,6 +25,25 @@ CHECKS: tuple[tuple[str, str, Check], ...] = (
     *_check_seg.CHECKS,
     *_check_sr.CHECKS,
     *_check_carriers.CHECKS,
+)
+
+
+#: What the checks read of a source instance.
+_NEEDED = (
+    *IDENTITY_TYPE_2,
+    *IDENTITY_TYPE_3,
+    "SpecificCharacterSet",
+    "TimezoneOffsetFromUTC",
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "SeriesNumber",
+    "FrameOfReferenceUID",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "Rows",
 )
 
 
@@ -56,16 +77,25 @@ def validate(
         dataset = dcmread(BytesIO(raw))
     except (InvalidDicomError, EOFError, ValueError, OSError):
         return Validation(errors=("6.1.9: not a readable DICOM file",))
-    headers = tuple(dcmread(item, stop_before_pixels=True) if isinstance(item, Path) else item for item in sources)
+    headers = tuple(_header(item) for item in sources)
     subject = Subject(dataset, raw, headers, tuple(companions))
-    said: dict[str, list[str]] = {"A": [], "B": []}
-    for level, line, check in CHECKS:
-        said[level] += [f"{line}: {fault}" for fault in check(subject)]
-    opinions = _tools.ask(subject) if tools else []
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(_tools.ask, subject.sop_class, raw) if tools else None
+        said: dict[str, list[str]] = {"A": [], "B": []}
+        for level, line, check in CHECKS:
+            said[level] += [f"{line}: {fault}" for fault in check(subject)]
+        opinions = asking.result() if asking else []
     errors = [f"{opinion.tool}: {fault}" for opinion in opinions for fault in opinion.errors]
     warnings = [f"{opinion.tool}: {remark}" for opinion in opinions for remark in opinion.warnings]
     asked = ("caregrid", *(opinion.tool for opinion in opinions))
     return Validation((*said["A"], *errors), (*said["B"], *warnings), asked)
+
+
+def _header(source: Path | Dataset) -> Dataset:
+    """What the checks need of a source."""
+    if isinstance(source, Dataset):
+        return source
+    return dcmread(source, stop_before_pixels=True, specific_tags=list(_NEEDED))
 
 
 def _bytes(result: Path | Dataset) -> bytes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ssl
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +117,12 @@ def judge(sop_instance_uid: str, status: int) -> Sent:
 
 
 def echo(destination: Destination) -> str:
-    """C-ECHO; ``0000`` when the receiver answers success. Raises DeliveryFailed when it does not answer."""
+    """C-ECHO; what the receiver answered, in words. Raises DeliveryFailed when it does not answer."""
     with _association(destination, [build_context(Verification)]) as association:
         answer = association.send_c_echo()
     if "Status" not in answer:
         raise DeliveryFailed(destination=destination.name, reason="no answer to C-ECHO")
-    return f"{int(answer.Status):04X}"
+    return f"answered C-ECHO with {int(answer.Status):04X}"
 
 
 def expected_instances(destination: Destination, study_instance_uid: str) -> int | None:
@@ -143,16 +143,29 @@ def expected_instances(destination: Destination, study_instance_uid: str) -> int
 
 
 @dataclass(frozen=True)
-class Commitment:
-    """What the receiver commits to keep; answered False: no report came in time.
+class Commitment(Mapping[str, bool]):
+    """What the receiver commits to keep: SOP Instance UID → whether it does; empty when no report came in time.
 
-    failed: pairs of SOP Instance UID and failure reason (PS3.3 C.14).
+    failed: SOP Instance UID → failure reason in hexadecimal (PS3.3 C.14).
     """
 
     transaction_uid: str
     answered: bool
     committed: tuple[str, ...] = ()
-    failed: tuple[tuple[str, str], ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, sop_instance_uid: str) -> bool:
+        if sop_instance_uid in self.committed:
+            return True
+        if sop_instance_uid in self.failed:
+            return False
+        raise KeyError(sop_instance_uid)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.committed, *self.failed))
+
+    def __len__(self) -> int:
+        return len(self.committed) + len(self.failed)
 
 
 class _Report:
@@ -220,10 +233,10 @@ def _commitment(report: _Report) -> Commitment:
     if report.information is None:
         return Commitment(report.transaction_uid, answered=False)
     committed = tuple(str(item.ReferencedSOPInstanceUID) for item in report.information.get("ReferencedSOPSequence", []))
-    failed = tuple(
-        (str(item.ReferencedSOPInstanceUID), f"{int(item.get('FailureReason', 0)):04X}")
+    failed = {
+        str(item.ReferencedSOPInstanceUID): f"{int(item.get('FailureReason', 0)):04X}"
         for item in report.information.get("FailedSOPSequence", [])
-    )
+    }
     return Commitment(report.transaction_uid, True, committed, failed)
 
 

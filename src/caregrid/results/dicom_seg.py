@@ -75,16 +75,13 @@ def _check_shape(sources: list[Dataset], segments: list[Segment], series: str) -
 
 def _pixels(segments: list[Segment]) -> NDArray[np.uint8]:
     """A label map (frames, rows, columns) when no segments overlap, else (frames, rows, columns, segments)."""
-    masks = [segment.mask if segment.mask.ndim == 3 else segment.mask[np.newaxis] for segment in segments]
-    if len(masks) < 255:
-        labels = np.zeros(masks[0].shape, np.uint8)
-        overlap = False
-        for index, mask in enumerate(masks, start=1):
-            overlap = overlap or bool(labels[mask].any())
-            labels[mask] = index
-        if not overlap:
-            return labels
-    return np.stack(masks, axis=-1).astype(np.uint8)
+    masks = [np.ascontiguousarray(segment.mask if segment.mask.ndim == 3 else segment.mask[np.newaxis]) for segment in segments]
+    labels = masks[0].astype(np.uint8)
+    for index, mask in enumerate(masks[1:], start=2):
+        if index > 255 or np.logical_and(labels, mask).any():
+            return np.stack(masks, axis=-1).astype(np.uint8)
+        labels += np.multiply(mask, index, dtype=np.uint8)
+    return labels
 
 
 def _description(

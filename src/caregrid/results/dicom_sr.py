@@ -57,7 +57,6 @@ def write(context: ResultContext, findings: Findings, segmentations: Sequence[Da
         title=codes.DCM.ImagingMeasurementReport,
         language_of_content_item_and_descendants=sr.LanguageOfContentItemAndDescendants(coded(ENGLISH)),
     )
-    _add_image_library(report, used)
     dataset = sr.Comprehensive3DSR(
         evidence=[*used, *_referenced(regions)],
         content=report,
@@ -66,6 +65,7 @@ def write(context: ResultContext, findings: Findings, segmentations: Sequence[Da
         transfer_syntax_uid=ExplicitVRLittleEndian,
         **series_arguments(context, FORMAT),
     )
+    _add_image_library(dataset, used)
     for item in valueless:
         item.MeasuredValueSequence = []
     _put_verification(dataset, context)
@@ -241,8 +241,11 @@ def _nothing_found(context: ResultContext, used: Sequence[Dataset]) -> list[Grou
     ]
 
 
-def _add_image_library(report: sr.MeasurementReport, used: Sequence[Dataset]) -> None:
-    """TID 1600, one group per series, put before Imaging Measurements as TID 1500 orders its rows."""
+def _add_image_library(dataset: Dataset, used: Sequence[Dataset]) -> None:
+    """TID 1600, one group per series, put before Imaging Measurements as TID 1500 orders its rows.
+
+    After highdicom has made the report: it copies and searches the whole tree, which for long series takes longer than the rest.
+    """
     series: dict[str, list[Dataset]] = defaultdict(list)
     for header in used:
         if "Rows" in header:
@@ -250,7 +253,7 @@ def _add_image_library(report: sr.MeasurementReport, used: Sequence[Dataset]) ->
     contains = sr.RelationshipTypeValues.CONTAINS
     library = sr.ContainerContentItem(codes.DCM.ImageLibrary, template_id="1600", relationship_type=contains)
     library.ContentSequence = sr.ContentSequence([_library_group(headers) for headers in series.values()])
-    content = report[0].ContentSequence
+    content = dataset.ContentSequence
     content.insert(len(content) - 1, library)
 
 

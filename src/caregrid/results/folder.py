@@ -29,6 +29,13 @@ def send(destination: Destination, paths: Sequence[Path]) -> list[Sent]:
         raise DeliveryFailed(destination=destination.name, reason=error.strerror or type(error).__name__) from error
 
 
+def echo(destination: Destination) -> str:
+    """Whether the folder can be written, in words. Raises DeliveryFailed when it cannot."""
+    if destination.path is None or not os.access(destination.path, os.W_OK | os.X_OK):
+        raise DeliveryFailed(destination=destination.name, reason="the folder is not there or cannot be written")
+    return "the folder can be written"
+
+
 def _put(folder: Path, path: Path) -> Sent:
     header = dcmread(path, stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SOPInstanceUID"])
     target = folder / str(header.StudyInstanceUID) / f"{header.SOPInstanceUID}.dcm"

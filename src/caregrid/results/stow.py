@@ -46,6 +46,17 @@ def send(destination: Destination, paths: Sequence[Path]) -> list[Sent]:
     return _read_answer(destination, answer, [_uid(path) for path in paths])
 
 
+def echo(destination: Destination) -> str:
+    """Ask for one study (QIDO-RS); what the receiver answered, in words. Raises DeliveryFailed when it does not answer."""
+    try:
+        with _client(destination) as client:
+            headers = {"Accept": "application/dicom+json", **_authorisation(destination)}
+            answer = client.get(studies_url(destination.url), params={"limit": "1"}, headers=headers)
+    except (httpx.HTTPError, OSError) as error:
+        raise DeliveryFailed(destination=destination.name, reason=type(error).__name__) from error
+    return f"answered a query with HTTP {answer.status_code}"
+
+
 def _uid(path: Path) -> str:
     return str(read_file_meta_info(path).MediaStorageSOPInstanceUID)
 
@@ -86,10 +97,14 @@ def _post(destination: Destination, paths: Sequence[Path]) -> httpx.Response:
         **_authorisation(destination),
     }
     try:
-        with httpx.Client(timeout=destination.timeout_seconds, verify=_verify(destination), trust_env=False) as client:
+        with _client(destination) as client:
             return client.post(studies_url(destination.url), headers=headers, content=_body(parts, end))
     except (httpx.HTTPError, OSError) as error:
         raise DeliveryFailed(destination=destination.name, reason=type(error).__name__) from error
+
+
+def _client(destination: Destination) -> httpx.Client:
+    return httpx.Client(timeout=destination.timeout_seconds, verify=_verify(destination), trust_env=False)
 
 
 def studies_url(url: str) -> str:
