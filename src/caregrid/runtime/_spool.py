@@ -80,6 +80,7 @@ class Spool:
     def clear(self) -> None:
         """Empty both folders. What lies in ``outgoing`` was made by the algorithm: links are removed, not followed."""
         for folder in (self.incoming, self.outgoing):
+            folder.chmod(0o755)
             for entry in list(os.scandir(folder)):
                 if entry.is_dir(follow_symlinks=False):
                     _remove_tree(entry.path)
@@ -97,13 +98,15 @@ class Spool:
 
     def remove(self) -> None:
         """Take the folders away."""
-        _remove_tree(str(self.folder))
+        if self.folder.exists():
+            _remove_tree(str(self.folder))
 
 
 def _remove_tree(path: str) -> None:
     try:
         shutil.rmtree(path)
-    except RecursionError:  # an algorithm made folders deeper than Python can follow
+    except (RecursionError, PermissionError):  # an algorithm made folders deeper than Python follows, or closed them
+        subprocess.run(["chmod", "-R", "u+rwX", "--", path], check=True)
         subprocess.run(["rm", "-rf", "--", path], check=True)
 
 

@@ -48,7 +48,7 @@ _REPORTED = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What one run gave. worker: process id outside the sandbox; worker_studies: how many studies it had done, this one included."""
+    """What one run gave. worker: its process id outside the sandbox; worker_studies: how many it has done, with this one."""
 
     findings: Findings
     algorithm_seconds: float
@@ -268,7 +268,7 @@ def _cage(name: str, manifest: Manifest, package: Path, python: Python, spool: S
         memory_mb=manifest.resources.memory_mb,
         cpus=manifest.resources.cpus,
         gpu=manifest.resources.gpu,
-        tmp_mb=min(1024, manifest.resources.memory_mb),
+        tmp_mb=min(1024, manifest.resources.memory_mb // 2),
         environment={"PYTHONPATH": "/caregrid"},
     )
 

@@ -22,8 +22,8 @@ __all__ = ["SANDBOXES", "Answer", "Runtime"]
 class Runtime:
     """Runs model packages. Call it from any thread; ``close`` when done.
 
-    scratch: where files of a running study are handed over, on the disk of the instance store if links are to be used (no
-    copying). environments: the site's private Python environments. recycle: a warm worker ends after this many studies or minutes.
+    scratch: where files of a running study are handed over; on the disk of the instance store they are linked, not copied.
+    environments: the site's private Python environments. recycle: a warm worker ends after this many studies or minutes.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Runtime:
     ) -> Answer:
         """Findings, the algorithm's own time and the worker that did it.
 
-        files_by_series: Series Instance UID → the study's files. parameters: on top of the manifest's defaults. timeout_seconds: the
-        smaller of this and the manifest's holds. stop: asked four times a second; when true the algorithm is killed.
+        files_by_series: Series Instance UID → the study's files. parameters: on top of the manifest's defaults.
+        timeout_seconds: the smaller of this and the manifest's holds. stop: asked often; when true the algorithm is killed.
         Raises SandboxMissing, AlgorithmFailed, AlgorithmTimedOut, AlgorithmOutOfMemory, AlgorithmCancelled, AlgorithmBroken, and
         InputRefused (VolumeRefused, PixelsUndecodable, NoSuitableInput).
         """

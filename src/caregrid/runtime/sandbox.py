@@ -188,7 +188,7 @@ class Sandboxed:
             raise self._ended("exit") from error
 
     def receive(self, seconds: float, stop: Callable[[], bool] | None = None, check: Callable[[], bool] | None = None) -> bytes:
-        """The next line. Ended: after ``seconds``, when ``stop()`` or ``check()`` is true (asked four times a second), or at its end.
+        """The next line. Ended: after ``seconds``, when ``stop()`` or ``check()`` is true (asked often), or at its end.
 
         Whenever Ended is raised the process and all it started are gone.
         """

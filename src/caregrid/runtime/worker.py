@@ -61,7 +61,7 @@ def _answer(answers: IO[bytes], content: dict[str, Any]) -> None:
 
 
 def _limit(limits: dict[str, int | None]) -> None:
-    """Hard limits of the kernel on this process and its children. Address space and processes only where no control group does it."""
+    """Hard limits of the kernel on this process and its children; None: a control group sees to it."""
     names = {"core": resource.RLIMIT_CORE, "file": resource.RLIMIT_FSIZE, "files": resource.RLIMIT_NOFILE}
     names |= {"memory": resource.RLIMIT_AS, "processes": resource.RLIMIT_NPROC}
     for name, value in limits.items():
@@ -124,6 +124,7 @@ def _tidy() -> None:
     for process in _others():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGKILL)
+    _reap()
     os.chdir("/tmp")  # noqa: S108 - private to this sandbox
     for folder in ("/tmp", "/dev/shm"):  # noqa: S108
         for entry in list(os.scandir(folder)):
@@ -133,6 +134,15 @@ def _tidy() -> None:
                 with contextlib.suppress(OSError):
                     os.unlink(entry.path)
     gc.collect()
+
+
+def _reap() -> None:
+    """Wait, a second at most, for the children that were killed."""
+    deadline = time.monotonic() + 1
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(0.01)
 
 
 def _others() -> Iterator[int]:
