@@ -18,7 +18,7 @@ DEVICE_ROWS = {
 LIBRARY, LIBRARY_GROUP, MEASUREMENTS, GROUP = "111028", "126200", "126010", "125007"
 TRACKING_ID, TRACKING_UID, FINDING = "112039", "112040", "121071"
 ALGORITHM_NAME, ALGORITHM_VERSION = "111001", "111003"
-REFERENCED_SEGMENT = "121191"
+REFERENCED_SEGMENT, REFERENCED_FRAME = "121191", "121214"
 
 
 def groups(dataset: Dataset) -> list[Dataset]:
@@ -120,34 +120,42 @@ def check_evidence(subject: Subject) -> Iterator[str]:
 
 def check_same_tracking(subject: Subject) -> Iterator[str]:
     """A finding has the same Tracking ID and UID here and in the SEG it references (6.2.6)."""
-    segments = {
-        (str(item.SOPInstanceUID), int(segment.SegmentNumber)): (segment.get("TrackingID"), segment.get("TrackingUID"))
-        for item in subject.companions
-        if item.SOPClassUID == SEG
-        for segment in item.SegmentSequence
-    }
+    segmentations = {str(item.SOPInstanceUID): item for item in subject.companions if item.SOPClassUID == SEG}
+    here: dict[tuple[str, int], set[tuple[str, str]]] = {}
     for group in groups(subject.dataset):
-        shown = first(group, REFERENCED_SEGMENT)
-        if shown is None or not segments:
+        shown = first(group, REFERENCED_SEGMENT) or first(group, REFERENCED_FRAME)
+        if shown is None or not segmentations:
             continue
         reference = shown.ReferencedSOPSequence[0]
-        numbers = reference.get("ReferencedSegmentNumber")
-        number = int(numbers[0] if isinstance(numbers, list) else numbers or 0)
-        wanted = segments.get((str(reference.ReferencedSOPInstanceUID), number))
-        if wanted is None:
-            yield "a group references a segment that the run did not make"
-        elif wanted not in _trackings(subject.dataset, reference):
+        dataset = segmentations.get(str(reference.ReferencedSOPInstanceUID))
+        if dataset is None:
+            yield "a group references a SEG that the run did not make"
+            continue
+        here.setdefault((str(dataset.SOPInstanceUID), _segment_number(reference, dataset)), set()).add(_tracking(group))
+    for (uid, number), trackings in here.items():
+        segment = next((item for item in segmentations[uid].SegmentSequence if int(item.SegmentNumber) == number), Dataset())
+        if (str(segment.get("TrackingID", "")), str(segment.get("TrackingUID", ""))) not in trackings:
             yield f"segment {number} is tracked otherwise in the SEG"
 
 
-def _trackings(dataset: Dataset, reference: Dataset) -> set[tuple[str, str]]:
-    """(id, uid) of every group that shows the same segment: several findings may lie on one."""
-    found = set()
-    for group in groups(dataset):
-        shown, identifier, uid = first(group, REFERENCED_SEGMENT), first(group, TRACKING_ID), first(group, TRACKING_UID)
-        if shown is not None and identifier is not None and uid is not None and shown.ReferencedSOPSequence[0] == reference:
-            found.add((str(identifier.TextValue), str(uid.UID)))
-    return found
+def _segment_number(reference: Dataset, segmentation: Dataset) -> int:
+    """The segment a reference is to, named itself or by a frame of it."""
+    if "ReferencedSegmentNumber" in reference:
+        numbers = reference.ReferencedSegmentNumber
+        return int(numbers if isinstance(numbers, int) else numbers[0])
+    frames = reference.get("ReferencedFrameNumber")
+    frame = int(frames if isinstance(frames, int | str) else frames[0]) if frames else 0
+    shared, per_frame = segmentation.SharedFunctionalGroupsSequence[0], segmentation.PerFrameFunctionalGroupsSequence
+    if not 1 <= frame <= len(per_frame):
+        return 0
+    group = per_frame[frame - 1]
+    named = group if "SegmentIdentificationSequence" in group else shared
+    return int(named.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+
+
+def _tracking(group: Dataset) -> tuple[str, str]:
+    identifier, uid = first(group, TRACKING_ID) or Dataset(), first(group, TRACKING_UID) or Dataset()
+    return (str(identifier.get("TextValue", "")), str(uid.get("UID", "")))
 
 
 def _only_sr(check: Check) -> Check:

@@ -231,12 +231,18 @@ def _decoded(element: DataElement) -> DataElement:
 
 
 def blank_identity(header: Dataset) -> None:
-    """Empty the identity of a header: highdicom refuses odd values real sources hold, so it is put on afterwards."""
+    """Empty the identity of a header: highdicom refuses odd values real sources hold, so it is put on afterwards.
+
+    A pixel spacing of nothing, as some X-rays carry, is taken off too: it would be copied as if it were one.
+    """
     for keyword in IDENTITY_TYPE_2:
         header.pop(keyword, None)  # the element itself may be shared with another data set
         setattr(header, keyword, None if keyword in ("StudyDate", "StudyTime") else "")
     for keyword in IDENTITY_TYPE_3:
         if keyword in header and keyword != "ProcedureCodeSequence":
+            del header[keyword]
+    for keyword in ("PixelSpacing", "ImagerPixelSpacing"):
+        if keyword in header and not all(float(value or 0) > 0 for value in header[keyword].value or [0]):
             del header[keyword]
 
 

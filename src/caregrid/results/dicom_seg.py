@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import highdicom as hd
 import numpy as np
@@ -23,23 +24,70 @@ _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#
 def write(context: ResultContext, findings: Findings) -> list[Dataset]:
     """One SEG per source series that has a mask with a voxel set; an empty list when there is none.
 
-    Raises ResultInvalid when a mask does not have the shape of its source.
+    Pictures that do not lie in a patient space (X-rays, ultrasound) get one SEG per picture. Segments on a cine are left out
+    (see unwritable). Raises ResultInvalid when a mask does not have the shape of its source.
     """
-    series = dict.fromkeys(segment.source_series for segment in findings.segments if segment.mask.any())
-    made = []
-    for number, uid in enumerate(series, start=1):
-        segments = [segment for segment in findings.segments if segment.source_series == uid and segment.mask.any()]
-        made.append(_segmentation(context, findings, segments, uid, number))
+    made: list[Dataset] = []
+    for uid, segments in _by_series(findings).items():
+        sources = _sources(context, findings, segments, uid)
+        if _in_space(sources):
+            made.append(_segmentation(context, findings, segments, sources, len(made) + 1, uid))
+        elif not _is_cine(sources):
+            for place, source in enumerate(sources):
+                here = [replace(one, mask=_stack(one)[place : place + 1]) for one in segments if _stack(one)[place].any()]
+                if here:
+                    part = f"{uid}/{source.SOPInstanceUID}"
+                    made.append(_segmentation(context, findings, here, [source], len(made) + 1, part))
     return made
 
 
-def _segmentation(context: ResultContext, findings: Findings, segments: list[Segment], series: str, number: int) -> Dataset:
+def unwritable(context: ResultContext, findings: Findings) -> tuple[str, ...]:
+    """Labels of segments that no SEG is written for: DICOM viewers and highdicom place a SEG frame by its position in the
+    patient, and the frames of a cine have none. Such a finding is carried by the SR (frames) and by a picture.
+    """
+    return tuple(
+        segment.label
+        for uid, segments in _by_series(findings).items()
+        if _is_cine(_sources(context, findings, segments, uid))
+        for segment in segments
+    )
+
+
+def _by_series(findings: Findings) -> dict[str, list[Segment]]:
+    series: dict[str, list[Segment]] = {}
+    for segment in findings.segments:
+        if segment.mask.any():
+            series.setdefault(segment.source_series, []).append(segment)
+    return series
+
+
+def _sources(context: ResultContext, findings: Findings, segments: list[Segment], series: str) -> list[Dataset]:
     sources = source_order([header for header in context.used(findings) if header.SeriesInstanceUID == series])
     _check_shape(sources, segments, series)
+    return sources
+
+
+def _in_space(sources: list[Dataset]) -> bool:
+    """Whether the sources lie in a patient space: a frame of reference, and a position per slice or frame."""
+    positioned = all("ImagePositionPatient" in one or "PerFrameFunctionalGroupsSequence" in one for one in sources)
+    return positioned and all(one.get("FrameOfReferenceUID") for one in sources)
+
+
+def _is_cine(sources: list[Dataset]) -> bool:
+    return not _in_space(sources) and any(_frames(one) > 1 for one in sources)
+
+
+def _frames(header: Dataset) -> int:
+    return int(header.get("NumberOfFrames", 1) or 1)
+
+
+def _segmentation(
+    context: ResultContext, findings: Findings, segments: list[Segment], sources: list[Dataset], number: int, part: str
+) -> Dataset:
     study = str(context.identity.StudyInstanceUID)
     dataset = hd.seg.Segmentation(
         source_images=sources,
-        pixel_array=_pixels(segments),
+        pixel_array=_pixels(segments)[_frame_order(sources)],
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[
             _description(context, findings, segment, index, study) for index, segment in enumerate(segments, start=1)
@@ -48,8 +96,10 @@ def _segmentation(context: ResultContext, findings: Findings, segments: list[Seg
         content_description=context.manifest.title[:64],
         transfer_syntax_uid=ExplicitVRLittleEndian,
         omit_empty_frames=True,
-        **series_arguments(context, FORMAT, number, series),
+        **series_arguments(context, FORMAT, number, part),
     )
+    if not _in_space(sources):
+        dataset.PatientOrientation = sources[0].get("PatientOrientation") or []  # type 2C without plane orientation
     return finish(dataset, context)
 
 
@@ -62,20 +112,40 @@ def source_order(headers: Sequence[Dataset]) -> list[Dataset]:
     return sorted(headers, key=lambda header: float(np.dot(normal, np.asarray(header.ImagePositionPatient, float))))
 
 
+def _frame_order(sources: list[Dataset]) -> NDArray[np.intp]:
+    """Which place of the mask's first axis each source frame has: frames of one object need not lie in order."""
+    if len(sources) != 1 or not _in_space(sources) or _frames(sources[0]) == 1:
+        return np.arange(sum(_frames(one) for one in sources))
+    shared = sources[0].get("SharedFunctionalGroupsSequence") or [Dataset()]
+    groups = sources[0].PerFrameFunctionalGroupsSequence
+    orientation = _plane(shared[0], groups[0], "PlaneOrientationSequence", "ImageOrientationPatient")
+    normal = np.cross(orientation[:3], orientation[3:])
+    along = [_plane(shared[0], one, "PlanePositionSequence", "ImagePositionPatient") @ normal for one in groups]
+    return np.argsort(np.argsort(along, kind="stable"), kind="stable")
+
+
+def _plane(shared: Dataset, group: Dataset, sequence: str, keyword: str) -> NDArray[np.float64]:
+    return np.asarray((group.get(sequence) or shared[sequence].value)[0][keyword].value, float)
+
+
 def _check_shape(sources: list[Dataset], segments: list[Segment], series: str) -> None:
     if not sources:
         raise ResultInvalid(kind=FORMAT, reason=f"no instance of series {series} was read, yet a segment lies on it")
-    frames = sum(int(header.get("NumberOfFrames", 1) or 1) for header in sources)
-    wanted = (frames, int(sources[0].Rows), int(sources[0].Columns))
+    wanted = (sum(_frames(header) for header in sources), int(sources[0].Rows), int(sources[0].Columns))
     for segment in segments:
-        shape = segment.mask.shape if segment.mask.ndim == 3 else (1, *segment.mask.shape)
+        shape = _stack(segment).shape
         if shape != wanted:
             raise ResultInvalid(kind=FORMAT, reason=f"segment {segment.label} has shape {shape}, its source {wanted}")
 
 
+def _stack(segment: Segment) -> NDArray[np.bool_]:
+    """The mask as (slices or frames, rows, columns)."""
+    return np.ascontiguousarray(segment.mask if segment.mask.ndim == 3 else segment.mask[np.newaxis])
+
+
 def _pixels(segments: list[Segment]) -> NDArray[np.uint8]:
     """A label map (frames, rows, columns) when no segments overlap, else (frames, rows, columns, segments)."""
-    masks = [np.ascontiguousarray(segment.mask if segment.mask.ndim == 3 else segment.mask[np.newaxis]) for segment in segments]
+    masks = [_stack(segment) for segment in segments]
     labels = masks[0].astype(np.uint8)
     for index, mask in enumerate(masks[1:], start=2):
         if index > 255 or np.logical_and(labels, mask).any():

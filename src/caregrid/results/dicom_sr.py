@@ -49,7 +49,7 @@ def write(context: ResultContext, findings: Findings, segmentations: Sequence[Da
     used = context.used(findings)
     regions = _regions(findings, segmentations, used)
     groups = [_group(context, finding, used, regions) for finding in findings.findings] or _nothing_found(context, used)
-    valueless = _valueless(groups, findings)
+    valueless, planar = _valueless(groups, findings), _planar(groups)
     report = sr.MeasurementReport(
         observation_context=_observer(context),
         procedure_reported=coded(procedure_reported(context)),
@@ -68,6 +68,9 @@ def write(context: ResultContext, findings: Findings, segmentations: Sequence[Da
     _add_image_library(dataset, used)
     for item in valueless:
         item.MeasuredValueSequence = []
+    for item in planar:
+        # Type 1C: not allowed beside the frame number, which says the segment already (PS3.3 C.17.14).
+        del item.ReferencedSOPSequence[0].ReferencedSegmentNumber
     _put_verification(dataset, context)
     _put_predecessors(dataset, context)
     return [finish(dataset, context)]
@@ -97,16 +100,17 @@ def _observer(context: ResultContext) -> sr.ObservationContext:
 def _regions(findings: Findings, segmentations: Sequence[Dataset], used: Sequence[Dataset]) -> dict[str, _Region]:
     """Label of a segment → where it is."""
     sites = {segment.label[:64]: segment for segment in findings.segments}
-    regions = {}
+    regions: dict[str, _Region] = {}
     for dataset in segmentations:
         frames = _frames_by_segment(dataset)
-        series = str(dataset.ReferencedSeriesSequence[0].SeriesInstanceUID)
-        sources = tuple(header for header in used if header.SeriesInstanceUID == series)
+        referenced = dataset.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        uids = {item.ReferencedSOPInstanceUID for item in referenced}
+        sources = tuple(header for header in used if header.SOPInstanceUID in uids)
         for item in dataset.SegmentSequence:
             label = str(item.SegmentLabel)
             segment: Segment | None = sites.get(label)
             number = int(item.SegmentNumber)
-            regions[label] = _Region(dataset, number, tuple(frames[number]), sources, segment.site if segment else None)
+            regions.setdefault(label, _Region(dataset, number, tuple(frames[number]), sources, segment.site if segment else None))
     return regions
 
 
@@ -211,6 +215,13 @@ def _valueless(groups: Sequence[Group], findings: Findings) -> list[Dataset]:
     return found
 
 
+def _planar(groups: Sequence[Group]) -> list[Dataset]:
+    """The references to a frame of a SEG."""
+    items = [item for group in groups for item in group[0].ContentSequence if item.ValueType == "IMAGE"]
+    references = [(item, item.ReferencedSOPSequence[0]) for item in items]
+    return [item for item, to in references if "ReferencedFrameNumber" in to and "ReferencedSegmentNumber" in to]
+
+
 def _evaluation(item: Evaluation) -> sr.QualitativeEvaluation:
     return sr.QualitativeEvaluation(name=coded(item.concept), value=coded(item.value))
 
@@ -279,7 +290,7 @@ def _modality_code(modality: str) -> sr.CodedConcept | None:
     """The code of CID 29 for a Modality value: DCM uses the value itself."""
     for name in dir(codes.cid29):
         code = getattr(codes.cid29, name)
-        if code.value == modality:
+        if getattr(code, "value", None) == modality:
             return sr.CodedConcept.from_code(code)
     return None
 
