@@ -10,6 +10,8 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.valuerep import IS, DSfloat
 
+from caregrid.runtime._damage import DAMAGE
+
 #: Pixels, waveforms and other bulk are not header; unknown encodings cannot be plain values.
 _BULK = ("OB", "OW", "OD", "OF", "OL", "OV", "UN", "OB or OW")
 
@@ -41,7 +43,7 @@ def _elements(dataset: Dataset) -> list[DataElement]:
     for tag in dataset.keys():  # noqa: SIM118  (a data set yields elements, and one bad value must not hide the others)
         try:
             found.append(dataset[tag])
-        except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, OverflowError):
+        except DAMAGE:
             continue
     return found
 

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 from pydicom.tag import BaseTag, Tag
 
 from caregrid.errors import VolumeRefused
 from caregrid.runtime import _frames, pixels
+from caregrid.runtime._damage import DAMAGE
 
 #: Only these are read from each header; the rest, and the pixels, stay on disk.
 _KEYWORDS = [
@@ -94,15 +94,15 @@ def read_slices(paths: Sequence[Path]) -> tuple[list[Slice], tuple[str, ...]]:
         raise VolumeRefused(code="too-few-slices", reason="no file was given")
     headers = [(path, _read_header(path)) for path in sorted(paths)]
     headers, corrections = _without_repeats(headers)
-    for path, header in headers:
-        _check_image(path, header)
     return [one for path, header in headers for one in _slices_of(path, header)], corrections
 
 
 def _read_header(path: Path) -> Dataset:
     try:
-        return dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-    except (InvalidDicomError, OSError, EOFError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        header = dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+        header.get("SOPInstanceUID")
+        return header
+    except DAMAGE as error:
         raise VolumeRefused(code="not-an-image", reason=f"{path.name} is not readable DICOM ({type(error).__name__})") from error
 
 
@@ -138,8 +138,9 @@ def _check_image(path: Path, header: Dataset) -> None:
         raise VolumeRefused(code="mosaic", reason=f"{path.name} is a mosaic: many slices tiled in one picture")
     if "LOCALIZER" in kind:
         raise VolumeRefused(code="no-geometry", reason=f"{path.name} is a localizer")
-    if _frames.frame_count(header) > 1 and not _frames.is_enhanced(header):
-        raise VolumeRefused(code="no-geometry", reason=f"{path.name} has several frames and does not say where each lies")
+    frames, described = _frames.frame_count(header), len(header.get("PerFrameFunctionalGroupsSequence") or [])
+    if frames > 1 and described < frames:
+        raise VolumeRefused(code="no-geometry", reason=f"{path.name} has {frames} frames and says of {described} where they lie")
 
 
 def _image_type(header: Dataset) -> tuple[str, ...]:
@@ -148,8 +149,13 @@ def _image_type(header: Dataset) -> tuple[str, ...]:
 
 
 def _slices_of(path: Path, header: Dataset) -> list[Slice]:
-    compressed = pixels.is_compressed(header)
-    return [_slice(path, header, frame, compressed) for frame in range(1, _frames.frame_count(header) + 1)]
+    try:
+        _check_image(path, header)
+        compressed = pixels.is_compressed(header)
+        return [_slice(path, header, frame, compressed) for frame in range(1, _frames.frame_count(header) + 1)]
+    except DAMAGE as error:
+        reason = f"the header of {path.name} is damaged ({type(error).__name__})"
+        raise VolumeRefused(code="not-an-image", reason=reason) from error
 
 
 def _slice(path: Path, header: Dataset, frame: int, compressed: bool) -> Slice:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 
 from caregrid.domain.algorithm import InputSpec
 from caregrid.domain.images import AlgorithmInput, Cine, Image, SeriesInput, Volume
 from caregrid.errors import InputRefused, NoSuitableInput
 from caregrid.runtime import _frames, _where, pixels
+from caregrid.runtime._damage import DAMAGE
 from caregrid.runtime._plain import plain_header
 from caregrid.runtime.volumes import read_volume
 
@@ -61,7 +61,7 @@ def _candidates(files_by_series: Mapping[str, Sequence[Path]]) -> tuple[list[_Ca
     for uid, files in sorted(files_by_series.items()):
         try:
             found.append(_candidate(uid, tuple(Path(file) for file in files)))
-        except (InvalidDicomError, OSError, EOFError, ValueError, IndexError) as error:
+        except DAMAGE as error:
             unread.append(f"series {uid}: no readable file ({type(error).__name__})")
     return found, unread
 
@@ -116,6 +116,10 @@ def _read(spec: InputSpec, fitting: list[_Candidate], corrections: Collection[st
             read.append(_series_input(spec, candidate, corrections))
         except InputRefused as error:
             refused = refused or error
+            continue
+        except DAMAGE as error:
+            reason = f"series {candidate.uid}: a header is damaged ({type(error).__name__})"
+            refused = refused or NoSuitableInput(input=spec.name, reason=reason)
             continue
         if not spec.many:
             break

@@ -6,8 +6,9 @@ Frames are numbered from 1, as in DICOM. Decoders are C code on hostile input: c
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,11 @@ from pydicom.uid import (
 )
 
 from caregrid.runtime import _dcmtk, _frames
+from caregrid.runtime._damage import DAMAGE
 from caregrid.runtime._syntax import transfer_syntax, undecodable
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 #: Decoder plug-ins per transfer syntax, best first (measured on one CT slice). pylibjpeg-libjpeg (GPL) is never asked.
 _PLUGINS: dict[str, tuple[str, ...]] = {
@@ -58,6 +63,22 @@ _BY_DCMTK = (JPEGExtended12Bit, UID("1.2.840.10008.1.2.4.53"), UID("1.2.840.1000
 _END_OF_IMAGE = b"\xff\xd9"
 
 
+def _damage_named(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Turns what a damaged header raises into PixelsUndecodable. The first argument must be the data set."""
+
+    @wraps(function)
+    def named(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except DAMAGE as error:
+            dataset = args[0] if args and isinstance(args[0], Dataset) else Dataset()
+            reason = f"the header is damaged ({type(error).__name__})"
+            raise undecodable(transfer_syntax(dataset), "broken", reason) from error
+
+    return named
+
+
+@_damage_named
 def decode(dataset: Dataset, frame: int | None = None) -> NDArray[Any]:
     """The stored pixel values: (rows, columns), colour as RGB (rows, columns, 3); all frames: (frames, …) when there are several.
 
@@ -79,6 +100,7 @@ def decode(dataset: Dataset, frame: int | None = None) -> NDArray[Any]:
     return _rgb(array, meaning, syntax) if is_colour(dataset) else array
 
 
+@_damage_named
 def modality_values(dataset: Dataset, frame: int | None = None) -> NDArray[Any]:
     """The pixels in modality units (HU for CT), shapes as in ``decode``: int16 where every value fits, else float32.
 
@@ -128,6 +150,7 @@ def compact(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.float32)
 
 
+@_damage_named
 def display_image(dataset: Dataset, frame: int = 1, window: tuple[float, float] | None = None) -> NDArray[np.uint8]:
     """One frame as a picture: uint8 grey (rows, columns) or RGB (rows, columns, 3); MONOCHROME1 comes out white on black.
 

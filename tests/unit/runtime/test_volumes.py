@@ -599,3 +599,10 @@ def test_frames_without_functional_groups_have_no_geometry(name: str) -> None:
     path = get_testdata_file(name)
     assert path
     assert _refused([Path(path)]).details["code"] in ("no-geometry", "too-few-slices")
+
+
+def test_every_code_is_explained_in_the_reference() -> None:
+    page = (Path(__file__).parents[3] / "docs/reference/volumes.md").read_text()
+    table = page.split("## Refusals")[1].split("## Corrections")[0]
+    explained = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(explained) == sorted(CODES)
