@@ -18,6 +18,7 @@ from typing import Any
 
 from pydicom import Dataset
 from pydicom.datadict import DicomDictionary, dictionary_VR, keyword_for_tag, tag_for_keyword
+from pydicom.errors import BytesLengthException
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
 from pydicom.valuerep import DA, DT, TM
@@ -73,8 +74,12 @@ _KEYWORDS: tuple[str, ...] = tuple(row[4] for row in DicomDictionary.values() if
 _AGE = re.compile(r"(\d{1,3})([DWMY])\Z")
 _PER_YEAR = {"D": 365.25, "W": 365.25 / 7, "M": 12.0, "Y": 1.0}
 
-#: What pydicom and the decoders below raise on bytes that do not fit their VR.
-_UNDECODABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError, struct.error)
+#: What pydicom and the decoders below raise on bytes that do not fit their VR. (OSError and EOFError: pydicom reads the bytes of
+#: a broken sequence as a file in memory; the data set itself was read before. RecursionError: sequences nested without end.)
+_UNDECODABLE = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError, struct.error),
+    *(BytesLengthException, OSError, EOFError, RecursionError),
+)
 _ITEMS_LOOKED_AT = 10_000
 _TEXT_LOOKED_AT = 1024
 
@@ -103,7 +108,7 @@ class Step:
 class Attribute:
     """A parsed name. kind: number, age, date, time, datetime, text, unknown (private), opaque (only present or absent).
 
-    vr: "" when not known. disclosure: open (value and wanted value may be told), constant (only the wanted value), closed (neither).
+    vr: "" when not known. disclosure: open (value and wanted value may be told), constant (only the wanted), closed (neither).
     """
 
     name: str
@@ -227,10 +232,10 @@ def _items(levels: list[Dataset], step: Step) -> Iterator[Dataset]:
 
 
 def _read_one(header: Dataset, attr: Attribute) -> Reading:
-    tag = attr.steps[-1].found_in(header)
-    if tag is None:
-        return Reading(problem="absent")
     try:
+        tag = attr.steps[-1].found_in(header)
+        if tag is None:
+            return Reading(problem="absent")
         value = header[tag].value
         if isinstance(value, Sequence):
             return Reading(problem="a sequence" if len(value) else "empty", there=len(value) > 0)
