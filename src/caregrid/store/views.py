@@ -355,8 +355,10 @@ def _destination(name: str) -> Row:
 
 def parked(engine: sa.Engine, destination: str = "", number: int = 1) -> Page:
     """Deliveries that were given up, oldest first."""
-    query = sa.select(delivery, result.c.kind, result.c.sop_class_uid)
-    query = query.outerjoin(result, result.c.sop_instance_uid == delivery.c.sop_instance_uid).where(delivery.c.state == "parked")
+    columns = (result.c.kind, study.c.modalities, study.c.study_description, study.c.accession_number)
+    query = sa.select(delivery, *columns).where(delivery.c.state == "parked")
+    query = query.outerjoin(result, result.c.sop_instance_uid == delivery.c.sop_instance_uid)
+    query = query.join(study, study.c.study_instance_uid == delivery.c.study_instance_uid)
     if destination:
         query = query.where(delivery.c.destination == destination)
     with reading(engine) as connection:

@@ -34,6 +34,26 @@ NAVIGATION = (
 )
 
 
+FILTERS = (
+    "moment",
+    "ago",
+    "duration",
+    "person",
+    "day",
+    "clock",
+    "size",
+    "number",
+    "plain",
+    "unit",
+    "meaning",
+    "short",
+    "sender",
+    "study_title",
+    "site",
+    "count_of",
+)
+
+
 @dataclass(frozen=True)
 class Web:
     """The parts a page may use, handed to create_app by caregrid.site."""
@@ -111,21 +131,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    for name in (
-        "moment",
-        "ago",
-        "duration",
-        "person",
-        "day",
-        "clock",
-        "size",
-        "number",
-        "plain",
-        "unit",
-        "meaning",
-        "short",
-        "sender",
-    ):
+    for name in FILTERS:
         found.filters[name] = getattr(_words, name)
     found.globals.update(
         state=_words.state, between=_words.between, age=_words.age, RESULT_KINDS=_words.RESULT_KINDS, PROTOCOLS=_words.PROTOCOLS

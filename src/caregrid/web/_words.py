@@ -162,17 +162,37 @@ def size(count: int | None) -> str:
     return ""
 
 
+def study_title(row: dict[str, Any]) -> str:
+    """What was examined: the description, with the modality in front where it does not say it."""
+    modality, description = row["modalities"].replace("\\", ", "), row["study_description"].strip()
+    if not description or not modality:
+        return description or modality or "Study without description"
+    return description if description.upper().startswith(modality.upper()) else f"{modality} {description}"
+
+
+def site(content: dict[str, Any]) -> str:
+    """Where a finding is: ``Left lung``; a dash when the algorithm does not say."""
+    side, place = meaning(content.get("laterality")), meaning(content.get("site"))
+    return f"{side} {place[:1].lower()}{place[1:]}" if side and place else side or place or "–"
+
+
+def count_of(count: int, one: str, many: str) -> str:
+    """A number of things: ``1 study``, ``2 studies``."""
+    return f"{count:,} {one if count == 1 else many}"
+
+
 def number(value: float | int | None) -> str:
     """A measured value with at most two decimals and thousands separators."""
     if value is None:
         return "–"
     shown = f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}".rstrip("0").rstrip(".")
-    return shown if float(value) == 0 or shown.strip("-0.,") else f"{value:.2g}"
+    shown = shown if float(value) == 0 or shown.strip("-0.,") else f"{value:.2g}"
+    return shown.replace("-", "−", 1) if shown.startswith("-") else shown
 
 
 def plain(value: float | int | None) -> str:
     """A measured value as a form field holds it."""
-    return "" if value is None else number(value).replace(",", "")
+    return "" if value is None else number(value).replace(",", "").replace("−", "-")
 
 
 def unit(code: list[str] | None) -> str:
@@ -187,7 +207,7 @@ def meaning(code: list[str] | None) -> str:
 
 def short(uid: str, length: int = 12) -> str:
     """The end of a UID or the start of a digest, for tables; the whole stands on the page it links to."""
-    return uid if len(uid) <= length + 1 else (f"…{uid[-length:]}" if "." in uid else f"{uid[:length]}…")
+    return uid if len(uid) <= length + 1 else (f"…{uid[-length:].lstrip('.')}" if "." in uid else f"{uid[:length]}…")
 
 
 def sender(row: dict[str, Any]) -> str:
