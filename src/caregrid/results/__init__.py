@@ -11,6 +11,7 @@ from caregrid.domain.findings import Findings
 from caregrid.results import dicom_sc, dicom_seg, dicom_sr
 from caregrid.results._common import Predecessor, ResultContext, Reviewer, Sent, make_uid, tracking_uid
 from caregrid.results._validation import Validation, validate
+from caregrid.results.dicom_seg import unwritable
 
 __all__ = [
     "Predecessor",
@@ -20,6 +21,7 @@ __all__ = [
     "Validation",
     "make_uid",
     "tracking_uid",
+    "unwritable",
     "validate",
     "warm_up",
     "write_results",

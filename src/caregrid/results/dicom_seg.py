@@ -64,7 +64,21 @@ def _by_series(findings: Findings) -> dict[str, list[Segment]]:
 def _sources(context: ResultContext, findings: Findings, segments: list[Segment], series: str) -> list[Dataset]:
     sources = source_order([header for header in context.used(findings) if header.SeriesInstanceUID == series])
     _check_shape(sources, segments, series)
+    _state_spacing(sources)
     return sources
+
+
+def _state_spacing(sources: list[Dataset]) -> None:
+    """Make Spacing Between Slices the distance there is: sources leave it out or say the thickness, and the SEG copies it."""
+    if len(sources) < 2 or not _in_space(sources):
+        return
+    positions = np.array([one.ImagePositionPatient for one in sources], float)
+    steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+    even = bool(np.ptp(steps) <= 0.01 * steps.mean())
+    for one in sources:
+        one.pop("SpacingBetweenSlices", None)
+        if even:
+            one.SpacingBetweenSlices = round(float(steps.mean()), 6)
 
 
 def _in_space(sources: list[Dataset]) -> bool:
