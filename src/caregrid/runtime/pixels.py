@@ -49,8 +49,8 @@ _PLUGINS: dict[str, tuple[str, ...]] = {
     JPEGLosslessSV1: ("gdcm",),
     JPEGLSLossless: ("pyjpegls", "gdcm"),
     JPEGLSNearLossless: ("pyjpegls", "gdcm"),
-    JPEG2000Lossless: ("pylibjpeg", "pillow", "gdcm"),
-    JPEG2000: ("pylibjpeg", "pillow", "gdcm"),
+    JPEG2000Lossless: ("gdcm", "pylibjpeg", "pillow"),
+    JPEG2000: ("gdcm", "pylibjpeg", "pillow"),
     HTJ2KLossless: ("pylibjpeg",),
     HTJ2KLosslessRPCL: ("pylibjpeg",),
     HTJ2K: ("pylibjpeg",),
@@ -205,7 +205,7 @@ def _check_whole(dataset: Dataset, frame: int | None, syntax: UID) -> None:
     found = 0
     try:
         for coded in _coded_frames(dataset.PixelData, frame, count):
-            if _END_OF_IMAGE not in coded[-16:]:
+            if _END_OF_IMAGE not in coded.rstrip(b"\x00")[-16:]:
                 raise undecodable(syntax, "truncated", f"frame {wanted[found]} of {count} stops before its end marker")
             found += 1
     except (ValueError, IndexError, EOFError, struct.error):

@@ -270,7 +270,7 @@ def _read_pixels(slices: list[Slice]) -> NDArray[Any]:
     by_path: dict[Path, list[int]] = {}
     for number, one in enumerate(slices):
         by_path.setdefault(one.path, []).append(number)
-    # Decoders release the interpreter only in part, but reading and decoding still overlap.
+    # Of the decoders only Pillow's JPEG releases the interpreter; for the others reading still overlaps with decoding.
     workers = min(4, os.cpu_count() or 1) if slices[0].compressed else 1
     with ThreadPoolExecutor(max_workers=workers) as pool:
         list(pool.map(lambda numbers: _fill(out, slices, numbers, with_lut), by_path.values()))

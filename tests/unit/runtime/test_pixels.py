@@ -111,6 +111,19 @@ def test_cut_off_pixels_are_refused(name: str, share: float) -> None:
     assert refusal.value.details["code"] in ("truncated", "broken", "no-pixels")
 
 
+def test_padding_after_the_end_marker_is_no_damage() -> None:
+    dataset = _slice("JPEGLSLosslessTransferSyntax_1.2.840.10008.1.2.4.80.dcm")
+    expected = pixels.decode(dataset)
+    dataset.PixelData = encapsulate([get_frame(dataset.PixelData, 0, number_of_frames=1) + bytes(64)])
+    np.testing.assert_array_equal(pixels.decode(dataset), expected)
+
+
+def test_the_gpl_decoder_is_never_asked() -> None:
+    """pylibjpeg takes JPEG and JPEG-LS to pylibjpeg-libjpeg (GPL) when that happens to be installed."""
+    asked = {syntax for syntax, plugins in pixels._PLUGINS.items() if "pylibjpeg" in plugins}
+    assert all(UID(syntax).name.startswith(("JPEG 2000", "High-Throughput", "RLE")) for syntax in asked)
+
+
 def test_a_missing_frame_is_refused() -> None:
     dataset = _example("emri_small_jpeg_ls_lossless.dcm")
     frames = [get_frame(dataset.PixelData, number, number_of_frames=10) for number in range(9)]

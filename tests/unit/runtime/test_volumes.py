@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.uid import JPEGLSLossless, generate_uid
+from scipy.spatial.transform import Rotation
 
 from caregrid.domain.images import Volume
 from caregrid.errors import PixelsUndecodable, VolumeRefused
@@ -237,6 +238,39 @@ def test_file_names_do_not_decide_the_order(write: Write) -> None:
     expected, reverse = read_volume(write(datasets)), read_volume(write(datasets[::-1]))
     np.testing.assert_array_equal(reverse.array, expected.array)
     np.testing.assert_array_equal(reverse.affine, expected.affine)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    turn=st.tuples(*[st.floats(-180, 180)] * 3),
+    spacing=st.tuples(st.floats(0.1, 2.0), st.floats(0.1, 2.0), st.floats(0.5, 10.0)),
+    upwards=st.booleans(),
+)
+def test_any_orientation_and_spacing(
+    eight: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    turn: tuple[float, ...],
+    spacing: tuple[float, ...],
+    upwards: bool,
+) -> None:
+    """Oblique planes and pixels that are not square: the affine is the one the attributes say, whatever way the slices came."""
+    axes = Rotation.from_euler("xyz", turn, degrees=True).as_matrix()
+    across, down, normal = np.round(axes, 6).T
+    folder, corner = tmp_path_factory.mktemp("turned"), np.array([10.0, -20.0, 30.0])
+    for number, path in enumerate(eight):
+        dataset = pydicom.dcmread(path)
+        place = number if upwards else -number
+        dataset.ImageOrientationPatient = [*across, *down]
+        dataset.ImagePositionPatient = [f"{value:.6f}"[:16] for value in corner + place * spacing[2] * normal]
+        dataset.PixelSpacing = [f"{value:.6f}" for value in spacing[:2]]
+        dataset.save_as(folder / f"{number}.dcm")
+    volume = read_volume(sorted(folder.glob("*.dcm")))
+    lowest = corner if upwards else corner - 7 * spacing[2] * normal
+    expected = np.c_[normal * spacing[2], down * spacing[0], across * spacing[1], lowest]
+    np.testing.assert_allclose(volume.affine[:3], expected, atol=1e-4)
+    np.testing.assert_allclose(volume.spacing, (spacing[2], *spacing[:2]), rtol=1e-4)
+    first = pydicom.dcmread(folder / f"{0 if upwards else 7}.dcm")
+    assert volume.sop_instance_uids[0] == first.SOPInstanceUID
 
 
 # ── values ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -562,14 +596,24 @@ def test_enhanced_ct_frames_lie_where_their_functional_groups_say(write: Write) 
         np.testing.assert_array_equal(volume.array[number], dataset.pixel_array[frame - 1].astype(int) - 1024)
 
 
-def test_a_series_and_its_multi_frame_conversion_are_the_same_volume(write: Write) -> None:
-    datasets = _datasets()
-    for dataset in datasets:
+@pytest.mark.filterwarnings("ignore:The string")
+@pytest.mark.parametrize(
+    ("name", "convert"),
+    [
+        ("ct-chest", highdicom.legacy.LegacyConvertedEnhancedCTImage),
+        ("mr-acr-phantom/PhilipsAchieva", highdicom.legacy.LegacyConvertedEnhancedMRImage),
+    ],
+)
+def test_a_series_and_its_multi_frame_conversion_are_the_same_volume(write: Write, name: str, convert: type) -> None:
+    datasets = _datasets(name)
+    for number, dataset in enumerate(datasets):
         dataset.setdefault("PatientBirthDate", "")
         dataset.setdefault("AccessionNumber", "")
+        dataset.RescaleSlope, dataset.RescaleIntercept = "1.5", str(-100 * number)
     expected = read_volume(write(datasets))
-    converted = highdicom.legacy.LegacyConvertedEnhancedCTImage(datasets, generate_uid(), 1, generate_uid(), 1)
+    converted = convert(datasets[::-1], generate_uid(), 1, generate_uid(), 1)
     volume = read_volume(write([converted]))
+    assert len(volume.sop_instance_uids) == 1
     np.testing.assert_array_equal(volume.array, expected.array)
     np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-4)
 
