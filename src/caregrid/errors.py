@@ -8,7 +8,10 @@
     ├── IntakeError                    3   what came in by a door
     │   ├── MalformedObject
     │   ├── SopMismatch
-    │   └── StoreFull
+    │   ├── StoreFull
+    │   ├── BodyBroken
+    │   ├── QueryInvalid
+    │   └── NoFrames
     ├── WorkflowError                  4   a workflow file, or one applied to a study
     │   ├── WorkflowInvalid
     │   ├── WorkflowUnknown
@@ -131,6 +134,18 @@ class StoreFull(IntakeError):
     """Too little space is left to keep the object safely; send it again later"""
 
     dimse_status = 0xA700
+
+
+class BodyBroken(IntakeError):
+    """The request's body could not be read to its end: {reason}"""
+
+
+class QueryInvalid(IntakeError):
+    """The search cannot be done: {reason}"""
+
+
+class NoFrames(IntakeError):
+    """The object holds no such frame"""
 
 
 class WorkflowError(CaregridError):
