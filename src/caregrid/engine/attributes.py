@@ -176,7 +176,7 @@ def did_you_mean(word: str, known: Iterator[str] | tuple[str, ...] | list[str]) 
     """A hint for a mistyped word: ``; did you mean X?``, or nothing when nothing is close."""
     choices = list(known)
     lowered = {each.lower(): each for each in choices}
-    close = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.7)
+    close = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.6 if len(choices) < 100 else 0.7)
     return f"; did you mean {lowered[close[0]]}?" if close else ""
 
 
