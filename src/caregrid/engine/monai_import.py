@@ -278,16 +278,13 @@ class _Importer:
         return [f"{branch['id']}.go"]
 
     def _fresh(self, name: str) -> str:
-        taken = {each["id"] for each in self.made} | (
-            set(self.ids.values()) - {name} if name in self._routers() else set(self.ids.values())
-        )
+        """An id that is free. Routers leave theirs, as they become branches."""
+        staying = {self.ids[old] for old, each in self.tasks.items() if _text(each.get("type")).lower() not in ROUTER_TYPES}
+        taken = staying | {each["id"] for each in self.made}
         new, number = name[:40], 2
         while new in taken:
             new, number = f"{name[:36]}-{number}", number + 1
         return new
-
-    def _routers(self) -> set[str]:
-        return {self.ids[old] for old, each in self.tasks.items() if _text(each.get("type")).lower() in ROUTER_TYPES}
 
     def _condition(self, expressions: list[str], where: str, branch: bool) -> tuple[dict[str, Any], list[str]]:
         """All expressions together as YAML data, and the (new) ids of the tasks whose results they ask for."""
