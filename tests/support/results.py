@@ -88,6 +88,7 @@ def ct_series(
     """
     folder.mkdir(parents=True, exist_ok=True)
     header = dcmread(str(get_testdata_file("CT_small.dcm")))
+    del header.TimezoneOffsetFromUTC
     header.PixelSpacing = [0.7, 0.9]
     header.ImageOrientationPatient = [f"{value:.10g}" for value in orientation]
     header.SeriesInstanceUID, header.StudyInstanceUID = generate_uid(), generate_uid()

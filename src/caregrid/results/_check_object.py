@@ -11,7 +11,7 @@ from pydicom import config, dcmread
 from pydicom.dataset import Dataset
 
 from caregrid.results._common import IDENTITY_TYPE_2, copy_identity, texts
-from caregrid.results._subject import KO, MODALITIES, SC, SR, Check, Subject, listed, named
+from caregrid.results._subject import KO, MODALITIES, SC, SEG, SR, Check, Subject, listed, named
 
 _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))+")
 _FLATTENED = frozenset({"SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ContentSequence"})
@@ -138,7 +138,8 @@ def check_references(subject: Subject) -> Iterator[str]:
         return
     used = {str(header.SOPInstanceUID) for header in subject.sources}
     own = {str(item.SOPInstanceUID) for item in subject.companions}
-    foreign = (evidence | body) - used - own
+    unknown = "" if own else SEG  # without the companions, a report's own SEG cannot be told from another
+    foreign = (listed(subject.dataset, but=unknown) | named(subject.dataset, but=unknown)) - used - own
     if foreign:
         yield f"{len(foreign)} referenced instance(s) were not used"
     if subject.sop_class == SR and not used <= evidence:

@@ -271,6 +271,7 @@ def series_arguments(context: ResultContext, kind: str, instance: int = 1, part:
         "series_description": series_description(context.manifest),
         "content_date": started.date(),
         "content_time": started.timetz().replace(tzinfo=None),
+        "specific_character_set": "ISO_IR 192",  # highdicom does not take some that sources have; see put_character_set
     }
 
 
@@ -311,14 +312,22 @@ def finish(dataset: Dataset, context: ResultContext) -> Dataset:
     dataset.StationName = context.station_name[:16]
     if context.institution:
         dataset.InstitutionName = context.institution[:64]
-    equipment = [item for item in dataset.get("ContributingEquipmentSequence", []) if "DeviceUID" not in item]
-    dataset.ContributingEquipmentSequence = [*equipment, contribution(context)]
+    dataset.ContributingEquipmentSequence = [*_other_equipment(dataset, context), contribution(context)]
     _put_times(dataset, context)
     _fix_dimension_uids(dataset, context)
     dataset.file_meta.ImplementationClassUID = UID(make_uid("implementation"))
     dataset.file_meta.ImplementationVersionName = "CAREGRID"
     put_character_set(dataset)
     return dataset
+
+
+def _other_equipment(dataset: Dataset, context: ResultContext) -> list[Dataset]:
+    """What highdicom added: the scanner, and itself, which it dates by its own clock."""
+    items = [item for item in dataset.get("ContributingEquipmentSequence", []) if "DeviceUID" not in item]
+    for item in items:
+        if item.PurposeOfReferenceCodeSequence[0].CodeValue != codes.DCM.AcquisitionEquipment.value:
+            item.ContributionDateTime = DT(_written(context))
+    return items
 
 
 def put_identity(dataset: Dataset, identity: Dataset) -> None:
@@ -332,11 +341,15 @@ def put_identity(dataset: Dataset, identity: Dataset) -> None:
 
 def _put_times(dataset: Dataset, context: ResultContext) -> None:
     started = context.started_at.astimezone(context.zone)
-    written = (context.written_at or datetime.now(context.zone)).astimezone(context.zone)
+    written = _written(context)
     dataset.SeriesDate, dataset.SeriesTime = DA(started.date()), TM(started.time())
     dataset.ContentDate, dataset.ContentTime = dataset.SeriesDate, dataset.SeriesTime
     dataset.InstanceCreationDate, dataset.InstanceCreationTime = DA(written.date()), TM(written.time())
     dataset.TimezoneOffsetFromUTC = started.strftime("%z")[:5]
+
+
+def _written(context: ResultContext) -> datetime:
+    return (context.written_at or datetime.now(context.zone)).astimezone(context.zone)
 
 
 def _fix_dimension_uids(dataset: Dataset, context: ResultContext) -> None:

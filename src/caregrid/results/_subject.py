@@ -45,31 +45,31 @@ class Subject:
 Check = Callable[[Subject], Iterator[str]]
 
 
-def listed(dataset: Dataset) -> set[str]:
-    """SOP Instance UIDs the object lists as evidence or source."""
+def listed(dataset: Dataset, but: str = "") -> set[str]:
+    """SOP Instance UIDs the object lists as evidence or source, leaving out those of the SOP Class ``but``."""
     found: set[str] = set()
     for keyword in _EVIDENCE:
         for item in dataset.get(keyword) or []:
-            found.update(_instances(item))
+            found.update(_instances(item, but))
     return found
 
 
-def named(dataset: Dataset) -> set[str]:
-    """SOP Instance UIDs the body of the object refers to: its content tree or its functional groups."""
+def named(dataset: Dataset, but: str = "") -> set[str]:
+    """SOP Instance UIDs the body of the object refers to, its content tree or its functional groups, without class ``but``."""
     found: set[str] = set()
     for element in dataset:
         if element.VR == "SQ" and element.keyword not in _ELSEWHERE:
             for item in element.value:
-                found.update(_instances(item))
+                found.update(_instances(item, but))
     return found
 
 
-def _instances(dataset: Dataset) -> Iterator[str]:
+def _instances(dataset: Dataset, but: str) -> Iterator[str]:
     for element in dataset:
         if element.VR == "SQ":
             for item in element.value:
-                yield from _instances(item)
-        elif element.keyword == "ReferencedSOPInstanceUID" and element.value:
+                yield from _instances(item, but)
+        elif element.keyword == "ReferencedSOPInstanceUID" and dataset.get("ReferencedSOPClassUID") != (but or None):
             yield str(element.value)
 
 
