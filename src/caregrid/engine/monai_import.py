@@ -255,10 +255,11 @@ class _Importer:
         ways = [way for way in (self._way(edge) for edge in incoming) if way is not None]
         if not ways:
             return None
-        if len(ways) == 1 or any(not way for way in ways):
-            return ways[0] if len(ways) == 1 else []
+        refs = list(dict.fromkeys(to for way in ways for to in way))
+        if len(refs) < 2 or any(not way for way in ways):
+            return [] if any(not way for way in ways) else refs
         joined = self._fresh(f"{self.ids[task_id]}-join")
-        self.made.append({"id": joined, "kind": "join", "wait_for": list(dict.fromkeys(to for way in ways for to in way))})
+        self.made.append({"id": joined, "kind": "join", "wait_for": refs})
         return [joined]
 
     def _way(self, edge: _Edge) -> list[str] | None:

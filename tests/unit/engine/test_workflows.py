@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
+from pydicom.misc import is_dicom
 
 import caregrid.demo
 from caregrid.domain.study import Source
@@ -16,6 +18,7 @@ from caregrid.domain.workflow import Retry, Trigger, Workflow
 from caregrid.engine import workflows as caregrid_workflows
 from caregrid.engine.workflows import dry_run, explain, judge, parse_workflow, priority_of, topological_order, warnings
 from caregrid.errors import WorkflowInvalid
+from tests.support.data import shared
 from tests.support.studies_in_memory import header, study_of
 
 GOOD = """\
@@ -344,6 +347,45 @@ def test_the_demonstration_workflows_are_valid(path: Path) -> None:
     assert flow.name == path.stem
     assert warnings(flow) == []
     assert [task.options["algorithm"] for task in flow.tasks if task.kind == "run"] == [path.stem]
+
+
+@pytest.mark.parametrize(
+    ("folder", "applies"),
+    [
+        ("ct-chest", {"ct-lung-volume"}),
+        ("ct-head-tilt", set()),
+        ("mr-acr-phantom/Siemens", {"mr-phantom-quality"}),
+        ("mr-ge-16", set()),
+    ],
+)
+def test_the_demonstration_workflows_on_real_studies(folder: str, applies: set[str]) -> None:
+    headers = [
+        dcmread(path, stop_before_pixels=True) for path in sorted(shared(folder).rglob("*")) if path.is_file() and is_dicom(path)
+    ]
+    study, read = study_of(headers)
+    flows = [parse_workflow(path.read_text("utf-8")) for path in DEMO]
+    assert {flow.name for flow in flows if judge(flow, study, read).applies} == applies
+
+
+@pytest.mark.parametrize(
+    ("name", "applies"), [("RG1_UNCR.dcm", {"chest-xray-quality"}), ("color3d_jpeg_baseline.dcm", {"ultrasound-cine-quality"})]
+)
+def test_the_demonstration_workflows_on_single_real_files(name: str, applies: set[str]) -> None:
+    path = get_testdata_file(name, download=False)
+    if path is None:
+        pytest.skip(f"{name} is not on this machine")
+    made = dcmread(path, stop_before_pixels=True)
+    flows = [parse_workflow(each.read_text("utf-8")) for each in DEMO]
+    assert {flow.name for flow in flows if caregrid_workflows.test_file(flow, made).applies} == applies
+
+
+def test_the_workflow_in_the_guide_is_valid() -> None:
+    guide = Path(__file__).parents[3] / "docs/how-to/write-a-workflow.md"
+    [text] = re.findall(r"```yaml\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
+    assert warnings(parse_workflow(text)) == []
+    broken = text.replace("SliceThickness", "SliceThicknes", 1)
+    [(line, reason)] = problems(broken)
+    assert f":{line}: {reason}" in guide.read_text("utf-8")
 
 
 def test_there_are_four_of_them() -> None:
