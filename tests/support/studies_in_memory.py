@@ -8,6 +8,7 @@ from pydicom import Dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from caregrid.domain.study import InstanceRef, SeriesRef, Source, StudyRef
+from caregrid.engine.attributes import attribute, read
 from caregrid.engine.conditions import Headers
 
 SOURCE = Source("dimse", "CT1", "CAREGRID", "10.0.0.5")
@@ -31,6 +32,6 @@ def study_of(*series: list[Dataset], source: Source = SOURCE) -> tuple[StudyRef,
             uid = f"1.2.3.{number}.{position}"
             headers[uid] = each
             made.append(InstanceRef(uid, CTImageStorage, f"1.2.3.{number}", ExplicitVRLittleEndian, Path(f"{uid}.dcm")))
-        modality = str(instances[0].get("Modality", "")) if instances else ""
+        modality = "".join(read(instances[0], attribute("Modality")).values[:1]) if instances else ""
         refs.append(SeriesRef(f"1.2.3.{number}", modality, "", tuple(made)))
     return StudyRef("1.2.3", 0, source, tuple(refs)), lambda ref: headers[ref.sop_instance_uid]

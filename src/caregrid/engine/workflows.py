@@ -16,6 +16,7 @@ from pydicom import Dataset
 from caregrid.domain.study import InstanceRef, SeriesRef, Source, StudyRef
 from caregrid.domain.workflow import Task, Trigger, Verdict, Workflow
 from caregrid.engine import yaml_lines as lines
+from caregrid.engine.attributes import attribute, read
 from caregrid.engine.condition_reading import ConditionReader
 from caregrid.engine.conditions import Headers, Scope, evaluate
 from caregrid.engine.workflow_graph import connect, order
@@ -147,13 +148,18 @@ test_file.__test__ = False  # type: ignore[attr-defined]
 
 def study_of_one(dataset: Dataset, source: Source) -> StudyRef:
     """A study of one series with one instance, as one object alone would make."""
-    syntax = str(getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", ""))
-    series_uid = str(dataset.get("SeriesInstanceUID", ""))
+    meta = getattr(dataset, "file_meta", None) or Dataset()
+    syntax, series_uid = _text_of(meta, "TransferSyntaxUID"), _text_of(dataset, "SeriesInstanceUID")
     instance = InstanceRef(
-        str(dataset.get("SOPInstanceUID", "")), str(dataset.get("SOPClassUID", "")), series_uid, syntax, Path("one.dcm")
+        _text_of(dataset, "SOPInstanceUID"), _text_of(dataset, "SOPClassUID"), series_uid, syntax, Path("one.dcm")
     )
-    series = SeriesRef(series_uid, str(dataset.get("Modality", "")), str(dataset.get("SeriesDescription", "")), (instance,))
-    return StudyRef(str(dataset.get("StudyInstanceUID", "")), 0, source, (series,))
+    series = SeriesRef(series_uid, _text_of(dataset, "Modality"), _text_of(dataset, "SeriesDescription"), (instance,))
+    return StudyRef(_text_of(dataset, "StudyInstanceUID"), 0, source, (series,))
+
+
+def _text_of(dataset: Dataset, keyword: str) -> str:
+    values = read(dataset, attribute(keyword)).values
+    return str(values[0]) if values else ""
 
 
 def explain(verdicts: Iterable[Verdict]) -> list[str]:

@@ -15,6 +15,7 @@ from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
 from caregrid.domain.workflow import Condition
+from caregrid.engine import workflows as caregrid_workflows
 from caregrid.engine.attributes import attribute, read
 from caregrid.engine.conditions import TESTS_BY_KIND, Judgement, Scope, choose_case, evaluate, select_series
 from caregrid.engine.workflows import parse_workflow
@@ -467,6 +468,11 @@ def test_any_condition_on_any_data_set_gives_a_bool_and_a_reason(tree: str, seri
     found = evaluate(condition(tree), Scope(study, headers))
     assert isinstance(found.holds, bool)
     assert found.reason
+    for made in (each for instances in series for each in instances):
+        assert isinstance(caregrid_workflows.test_file(CT_ONLY, made).applies, bool)
+
+
+CT_ONLY = parse_workflow(f"workflow: w\nwhen: {{any_series: {{Modality: CT}}}}\n{TASKS}")
 
 
 @settings(max_examples=100, deadline=None)
