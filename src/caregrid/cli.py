@@ -83,7 +83,9 @@ def site_init(
 
 
 @site_app.command("start")
-def site_start(home: Home = HERE, workers: Annotated[int, typer.Option(help="Worker processes; 0: as site.toml says.")] = 0) -> None:
+def site_start(
+    home: Home = HERE, workers: Annotated[int, typer.Option(help="Worker processes; 0: as site.toml says.")] = 0
+) -> None:
     """Start the site and keep it going until stopped (Ctrl-C)."""
     from caregrid.logs import set_up
     from caregrid.site import Keeper
@@ -381,7 +383,9 @@ def workflow_explain(study_uid: str, home: Home = HERE) -> None:
 @workflow_app.command("test")
 def workflow_test(
     file: Annotated[Path, typer.Argument(help="A DICOM file.")],
-    workflow: Annotated[list[Path], typer.Option("--workflow", "-w", help="Workflow files; default: the site's active ones.")] = [],  # noqa: B006
+    workflow: Annotated[
+        list[Path], typer.Option("--workflow", "-w", help="Workflow files; default: the site's active ones.")
+    ] = [],  # noqa: B006
     home: Home = HERE,
     called_ae: str = "CAREGRID",
     calling_ae: str = "TEST",
@@ -421,7 +425,8 @@ def workflow_dry_run(
     from caregrid.store.studies import load_study
 
     site, flow = _open(home), parse_workflow(file.read_text("utf-8"), str(file))
-    uids, fired, reasons = study_uids_since(site.engine, since), 0, {}
+    uids, fired = study_uids_since(site.engine, since), 0
+    reasons: dict[str, int] = {}
     for uid in track(uids, description="Judging", disable=not sys.stderr.isatty()):
         with reading(site.engine) as connection:
             study = load_study(connection, site.folder, uid)
@@ -468,7 +473,11 @@ def user_add(
     """Add a local user of the web pages."""
     from caregrid.store.users import create_user
 
-    password = sys.stdin.readline().rstrip("\n") if password_stdin else typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+    password = (
+        sys.stdin.readline().rstrip("\n")
+        if password_stdin
+        else typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+    )
     create_user(_open(home).engine, name, password, role, full_name=full_name, who=_who(), why="added at the command line")
     typer.echo(f"user {name} added")
 
@@ -482,7 +491,9 @@ def doctor(home: Home = HERE) -> None:
     folder = _open(home).settings.data if (home / FILE).is_file() else home
     checks = probe(folder)
     marks = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]note[/]"}
-    _table("This machine", ["", "check", "says", "to mend"], [[marks[each.ok], each.name, each.says, each.remedy] for each in checks])
+    _table(
+        "This machine", ["", "check", "says", "to mend"], [[marks[each.ok], each.name, each.says, each.remedy] for each in checks]
+    )
     raise typer.Exit(1 if any(each.ok is False for each in checks) else 0)
 
 

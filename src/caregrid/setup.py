@@ -11,9 +11,8 @@ from pathlib import Path
 from caregrid import plugs
 from caregrid.config import FILE
 from caregrid.errors import BadSetting, ManifestInvalid
-from caregrid.registry.environments import environment_ready
-from caregrid.registry.signing import new_keypair
 from caregrid.registry.manifest import read_manifest
+from caregrid.registry.signing import new_keypair
 from caregrid.site import Site
 from caregrid.store.users import create_user
 
@@ -71,7 +70,7 @@ class MadeSite:
 def init_site(
     path: Path, name: str, database: str = "", *, builtin: bool = True, who: str = "setup", settings: str = ""
 ) -> MadeSite:
-    """Make a site at ``path``; raises BadSetting when there is one already. settings: text of site.toml instead of the default."""
+    """Make a site at ``path``; raises BadSetting when there is one. settings: text of site.toml instead of the default."""
     file = path / FILE
     if file.exists():
         raise BadSetting(file=file, key="(file)", reason="is there already; this folder holds a site")
@@ -119,7 +118,7 @@ def _add_builtin(site: Site, key: bytes, who: str) -> tuple[list[str], list[str]
         except ManifestInvalid as error:
             left_out.append(error.message)
             continue
-        if manifest.environment and not environment_ready(site.settings.data / "environments" / manifest.environment):
+        if manifest.environment and not (site.settings.data / "environments" / manifest.environment / "bin" / "python").exists():
             left_out.append(f"{manifest.reference} needs the environment {manifest.environment}; see its README.md")
             continue
         add_signed(site, folder, key, who, "comes with caregrid")

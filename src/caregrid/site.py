@@ -129,8 +129,7 @@ class Site:
 
     def run_receiver(self) -> None:
         """The DIMSE and folder doors."""
-        dimse, folder = load("intake", "dimse"), load("intake", "folder")
-        door = dimse.DimseDoor(
+        door = load("intake", "dimse").DimseDoor(
             self.settings.dimse,
             self.store.receive,
             allowed=lambda ae, ip: is_allowed(self.engine, ae, ip),
@@ -138,7 +137,7 @@ class Site:
         )
         doors = [door]
         if self.settings.folder.path:
-            doors.append(folder.FolderDoor(self.settings.folder, self.store.receive, self._rejected))
+            doors.append(load("intake", "folder").FolderDoor(self.settings.folder, self.store.receive, self._rejected))
         with self._beating("receiver"):
             for each in doors:
                 each.start()

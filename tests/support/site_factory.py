@@ -5,8 +5,11 @@ For the web pages' tests: realistic rows in every state, a real secondary captur
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import random
+import shutil
+import tempfile
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -107,10 +110,29 @@ class Site:
         return make_actions(self)
 
 
-def make_site(folder: Path, tls: bool = False) -> Site:
-    """A site with studies in every state. folder holds the database and the store's files."""
+def make_site(folder: Path) -> Site:
+    """A site with studies in every state. folder holds the database and the store's files (made once, then copied)."""
+    pattern = _pattern()
+    shutil.copytree(pattern.settings.home, folder, dirs_exist_ok=True)
+    return replace(_open(folder), uids=dict(pattern.uids), runs=dict(pattern.runs))
+
+
+@cache
+def _pattern() -> Site:
+    folder = Path(tempfile.mkdtemp(prefix="caregrid-site-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    site = _open(folder)
+    create_all(site.engine)
+    _people(site)
+    _registry(site)
+    _studies(site)
+    _operations(site)
+    site.engine.dispose()
+    return site
+
+
+def _open(folder: Path) -> Site:
     engine = open_engine(f"sqlite:///{folder}/site.db")
-    create_all(engine)
     settings = SiteSettings(
         name="St Elsewhere’s",
         home=folder,
@@ -123,12 +145,7 @@ def make_site(folder: Path, tls: bool = False) -> Site:
             Destination(name="drop", kind="folder", path=folder / "drop"),
         ),
     )
-    site = Site(engine, folder / "data" / "store", settings)
-    _people(site)
-    _registry(site)
-    _studies(site)
-    _operations(site)
-    return site
+    return Site(engine, folder / "data" / "store", settings)
 
 
 def _people(site: Site) -> None:

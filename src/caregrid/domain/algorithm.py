@@ -16,7 +16,10 @@ RUNNERS = ("python", "onnx", "container", "map")
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One DICOM-typed input. where: conditions on the series, same language as in workflows (``series`` filters)."""
+    """One DICOM-typed input. where: conditions on the series, same language as in workflows (``series`` filters).
+
+    corrections: faults of a volume that may be mended instead of refused (``gantry-tilt``, ``longest-run``).
+    """
 
     name: str
     form: str
@@ -25,6 +28,7 @@ class InputSpec:
     minimum_instances: int = 1
     many: bool = False
     optional: bool = False
+    corrections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

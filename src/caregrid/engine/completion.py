@@ -109,7 +109,7 @@ class Completion:
         self,
         engine: sa.Engine,
         policies: Sequence[CompletionPolicy],
-        closed: Callable[[str], None],
+        closed: Callable[[str], object],
         expected_count: ExpectedCount | None = None,
     ) -> None:
         self.engine, self.policies = engine, policies

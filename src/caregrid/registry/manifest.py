@@ -101,6 +101,9 @@ def manifest_from_json(raw: dict[str, Any]) -> Manifest:
     return manifest
 
 
+_CORRECTION = re.compile(r"(gantry-tilt|longest-run)\Z")
+
+
 def _input(table: _Table) -> InputSpec:
     return InputSpec(
         name=table.text("name"),
@@ -110,6 +113,7 @@ def _input(table: _Table) -> InputSpec:
         minimum_instances=table.whole("minimum_instances", 1, 1, 1_000_000),
         many=table.truth("many", False),
         optional=table.truth("optional", False),
+        corrections=table.texts("corrections", _CORRECTION, "gantry-tilt or longest-run") if table.take("corrections", []) else (),
     )
 
 

@@ -45,13 +45,14 @@ def prepare(
 ) -> AlgorithmInput:
     """The named inputs of ``specs`` out of the series of one study.
 
-    files_by_series: Series Instance UID → its files. corrections: input name → which of CORRECTIONS may be made on its volumes.
+    files_by_series: Series Instance UID → its files. corrections: input name → which of CORRECTIONS may be made on its volumes,
+    None: as each of ``specs`` says.
     An optional input that nothing fits is empty. Where several series fit and one is wanted, the one with most pictures is taken;
     if it is refused the next is tried, and the first refusal is raised when none is left.
     Raises NoSuitableInput (why not, per series), VolumeRefused, PixelsUndecodable.
     """
     candidates, unread = _candidates(files_by_series)
-    allowed = corrections or {}
+    allowed = corrections if corrections is not None else {spec.name: spec.corrections for spec in specs}
     series = {spec.name: _chosen(spec, candidates, unread, allowed.get(spec.name, ())) for spec in specs}
     return AlgorithmInput(series=series, parameters=dict(parameters), package=package)
 

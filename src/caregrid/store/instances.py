@@ -284,10 +284,10 @@ def _touch_study(
         .values(
             modalities="\\".join(modalities),
             number_of_series=study.c.number_of_series + new_series,
-            number_of_instances=study.c.number_of_instances + (copy == 0),
+            number_of_instances=study.c.number_of_instances + int(copy == 0),
             last_received_at=moment,
-            late_instances=study.c.late_instances + (row["state"] not in ("receiving", "held")),
-            conflicts=study.c.conflicts + (copy > 0),
+            late_instances=study.c.late_instances + int(row["state"] not in ("receiving", "held")),
+            conflicts=study.c.conflicts + int(copy > 0),
         )
     )
     if copy:
