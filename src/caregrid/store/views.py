@@ -516,11 +516,11 @@ def gauges(engine: sa.Engine, dead_after_seconds: float) -> list[tuple[str, dict
         for name, column in (("studies", study.c.state), ("deliveries", delivery.c.state), ("reviews", review.c.state)):
             found += [(name, {"state": state}, n) for state, n in sorted(_counts(connection, column).items())]
         queue = sa.select(run.c.state, run.c.priority, sa.func.count()).group_by(run.c.state, run.c.priority)
-        found += [("runs", {"state": state, "priority": rank}, n) for state, rank, n in connection.execute(queue).tuples()]
+        found += [("runs", {"state": state, "priority": rank}, n) for state, rank, n in connection.execute(queue)]
         found += [("instances", {}, _count(connection, instance)), ("quarantined", {}, _count(connection, quarantine))]
         found += [("rejections", {}, _count(connection, rejection)), ("audit_records", {}, _count(connection, audit))]
         lively = sa.select(worker.c.role, sa.func.count()).where(worker.c.seen_at >= alive).group_by(worker.c.role)
-        found += [("workers_alive", {"role": role}, n) for role, n in connection.execute(lively).tuples()]
+        found += [("workers_alive", {"role": role}, n) for role, n in connection.execute(lively)]
         first = connection.execute(sa.select(sa.func.min(run.c.created_at)).where(run.c.state == "queued")).scalar()
         found.append(("oldest_queued_seconds", {}, _age(first)))
     return found
@@ -589,5 +589,5 @@ def _count(connection: sa.Connection, table: sa.Table, *where: Any) -> int:
 
 
 def _counts(connection: sa.Connection, column: sa.Column[str]) -> dict[str, int]:
-    rows = connection.execute(sa.select(column, sa.func.count()).group_by(column)).tuples()
+    rows = connection.execute(sa.select(column, sa.func.count()).group_by(column))
     return {str(value): int(n) for value, n in rows}
