@@ -31,6 +31,12 @@ LEFT_OUT = {
 LEFT_OUT_FOLDERS = {"ort"}
 KEPT_ASSETS = {"favicon.ico", "favicon-16x16.png", "favicon-32x32.png"}
 
+#: The release is built to lie at the root of a host. Ours lies where it is mounted: next to the script that is running.
+ROOT = b'__webpack_require__.p = "/";'
+BESIDE = (
+    b'__webpack_require__.p = new URL("./", (self.document && self.document.currentScript || {}).src || self.location.href).href;'
+)
+
 #: A fixed moment, so that the archive depends on the release alone.
 MOMENT = (1980, 1, 1, 0, 0, 0)
 
@@ -78,7 +84,16 @@ def kept_files(package: Path) -> Iterator[tuple[str, bytes]]:
             name = "LICENSE" if path.name == "LICENSE" and len(path.parts) == 2 else wanted_name(path)
             content = archive.extractfile(member) if name and member.isfile() else None
             if name and content:
-                yield name, content.read()
+                yield name, relocated(name, content.read())
+
+
+def relocated(name: str, content: bytes) -> bytes:
+    """A script or style that finds its chunks, workers, WebAssembly and fonts beside itself. Exits when the release is built another way."""
+    if name.startswith("app.bundle.") and name.endswith(".js") and ROOT not in content:
+        raise SystemExit(f"{name} does not set its root as expected; look at how this release is built")
+    if name.endswith(".css"):
+        return content.replace(b"url(/", b"url(")
+    return content.replace(ROOT, BESIDE) if name.endswith(".js") else content
 
 
 def wanted_name(path: PurePosixPath) -> str | None:

@@ -18,10 +18,12 @@ from fastapi.responses import Response
 HERE = Path(__file__).parent
 ARCHIVE = HERE / "ohif.zip"
 
-#: Looser than our own pages: the viewer decodes images in WebAssembly, starts its workers from blobs and sets styles from script.
+#: Looser than our own pages: the viewer decodes images in WebAssembly, compiles array accessors from text to read
+#: segmentations (its ndarray library: 'unsafe-eval'), starts workers from blobs and sets styles from script.
 #: It may still talk to nobody but us.
 CONTENT_SECURITY_POLICY = (
-    "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:; style-src 'self' 'unsafe-inline'; "
+    "default-src 'self'; script-src 'self' 'unsafe-eval' 'wasm-unsafe-eval'; worker-src 'self' blob:; "
+    "style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -51,6 +53,12 @@ def mount(app: FastAPI, path: str = "/viewer", dicomweb: str = "/dicom-web") -> 
 
     app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
     app.add_api_route(path + "/{name:path}", answer, methods=["GET", "HEAD"], include_in_schema=False)
+
+
+def address(study_uid: str, series_uid: str = "", path: str = "/viewer") -> str:
+    """Where a study is looked at. series_uid: the series to show first; a segmentation is shown over the images it is of."""
+    first = f"&initialSeriesInstanceUID={series_uid}" if series_uid else ""
+    return f"{path}/viewer?StudyInstanceUIDs={study_uid}{first}"
 
 
 class Viewer:

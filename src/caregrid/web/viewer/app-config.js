@@ -7,7 +7,8 @@ window.config = {
   routerBasename: '__PATH__',
   extensions: [],
   modes: [],
-  customizationService: {},
+  // No guided tour over the first study a clinician opens.
+  customizationService: [{ 'ohif.tours': { $set: [] } }],
   showStudyList: true,
   maxNumberOfWebWorkers: 3,
   showWarningMessageForCrossOrigin: false,
