@@ -170,9 +170,10 @@ class _Judge:
         headers = self.scope.headers
         return _Target(f"instance {number}", (instance,), lambda: iter((headers(instance),)), {})
 
-    def note(self, depth: int, line: int, text: str) -> None:
+    def note(self, depth: int, line: int, text: str, at: int | None = None) -> None:
+        """Add a step to the trail; before the steps it sums up when ``at`` is given."""
         if len(self.trail) < LONGEST_TRAIL:
-            self.trail.append(f"{'  ' * depth}line {line}: {text}")
+            self.trail.insert(len(self.trail) if at is None else at, f"{'  ' * depth}line {line}: {text}")
         elif len(self.trail) == LONGEST_TRAIL:
             self.trail.append("… more steps left out")
 
@@ -197,8 +198,7 @@ class _Judge:
                 continue
             verdicts.append(self.node(child, target, depth + 1))
         holds, reason = _combined(op, verdicts, condition.line)
-        if len(self.trail) < LONGEST_TRAIL:
-            self.trail.insert(at, f"{'  ' * depth}line {condition.line}: {op}: {_yes(holds)}")
+        self.note(depth, condition.line, f"{op}: {_yes(holds)}", at)
         return holds, reason
 
     def conjunction(self, children: Iterable[Condition], target: _Target, depth: int) -> tuple[bool, str]:
@@ -216,20 +216,20 @@ class _Judge:
         if op == "study":
             return self.conjunction(condition.children, self.study_target(), depth)
         what = "series" if op.endswith("series") else "instance"
-        want = op.startswith("any")
+        want, at = op.startswith("any"), len(self.trail)
         count, failed = 0, ""
         for each in self.targets(what, target):
             count += 1
             holds, reason = self.conjunction(condition.children, each, depth + 1)
             if holds == want:
                 word = "fits" if want else "does not fit"
-                self.note(depth, line, f"{op}: {_yes(holds)}: {each.label} {word}")
-                return holds, f"line {line}: {each.label} {word}: {reason}" if not holds else f"line {line}: {each.label} fits"
+                self.note(depth, line, f"{op}: {_yes(holds)}: {each.label} {word}", at)
+                return holds, f"line {line}: {each.label} {word}" + ("" if holds else f": {reason}")
             failed = failed or reason
         if count == 0:
             self.note(depth, line, f"{op}: no: there is no {what}")
             return False, f"line {line}: the study has no {what}"
-        self.note(depth, line, f"{op}: {_yes(not want)}: {count} judged")
+        self.note(depth, line, f"{op}: {_yes(not want)}: {count} judged", at)
         if want:
             return False, f"line {line}: no {what} of {count} fits: {failed}"
         return True, f"line {line}: every {what} fits"

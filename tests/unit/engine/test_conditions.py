@@ -484,3 +484,10 @@ def test_any_name_and_value_is_a_condition_or_a_named_error(level: str, name: st
     except WorkflowInvalid:
         return
     assert isinstance(evaluate(found, Scope(study, headers)).holds, bool)
+
+
+def test_the_trail_of_a_study_with_very_many_series_is_cut() -> None:
+    found = judged("any_series: {Modality: CT}", *[[header(Modality="MR")]] * 500)
+    assert not found.holds
+    assert len(found.trail) == 201
+    assert found.trail[-1] == "… more steps left out"

@@ -464,3 +464,16 @@ def test_a_good_file_with_a_line_broken_or_moved_is_never_a_crash(data: st.DataO
     study, headers = study_of([CT])
     assert isinstance(judge(found, study, headers).applies, bool)
     assert isinstance(warnings(found), list)
+
+
+def test_the_trail_reads_from_the_whole_to_its_parts(good: Workflow) -> None:
+    study, headers = study_of([header(Modality="MR")], [CT])
+    assert judge(good, study, headers).trail == (
+        "trigger: yes",
+        "line 7: all: yes",
+        "  line 8: any_series: yes: series 2 fits",
+        "    line 8: Modality equals CT in series 1: no (it is MR)",
+        "    line 8: Modality equals CT in series 2: yes (it is CT)",
+        "    line 8: SliceThickness at_most 5 in series 2: yes (it is 1)",
+        "  line 9: StudyDate after 2020-01-01 in the study: yes",
+    )
