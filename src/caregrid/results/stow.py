@@ -140,7 +140,7 @@ def _instances(destination: Destination, answer: httpx.Response) -> dict[str, Se
         content = answer.json() if answer.content else {}
     except ValueError as error:
         raise DeliveryFailed(destination=destination.name, reason="its answer is not DICOM JSON") from error
-    data = content[0] if isinstance(content, list) and content else content
+    data = next(iter(content), {}) if isinstance(content, list) else content
     if not isinstance(data, dict):
         raise DeliveryFailed(destination=destination.name, reason="its answer is not DICOM JSON")
     said = {}
