@@ -1,0 +1,1 @@
+"""Lung volume on chest CT, by classical segmentation. A model package: see algorithm.toml and README.md."""
