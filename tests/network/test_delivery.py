@@ -58,7 +58,11 @@ def to(port: int, **changes: Any) -> Destination:
 
 @contextmanager
 def receiver(
-    answer: Any = 0x0000, classes: tuple[str, ...] = (SEG, SR, SC, KO), tls: Any = None, **entity: Any
+    answer: Any = 0x0000,
+    classes: tuple[str, ...] = (SEG, SR, SC, KO),
+    tls: Any = None,
+    syntaxes: Any = (ImplicitVRLittleEndian, ExplicitVRLittleEndian),
+    **entity: Any,
 ) -> Iterator[tuple[int, list[Dataset]]]:
     """A pynetdicom SCP. answer: status for every object, or a function of the event. Yields its port and what it got."""
     got: list[Dataset] = []
@@ -69,7 +73,7 @@ def receiver(
 
     server_entity = AE(ae_title="PACS")
     for sop_class in (*classes, Verification):
-        server_entity.add_supported_context(sop_class, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+        server_entity.add_supported_context(sop_class, list(syntaxes))
     for key, value in entity.items():
         setattr(server_entity, key, value)
     port = free_port()
@@ -182,6 +186,25 @@ class TestAnswers:
         assert sent[0].status == "no presentation context accepted"
         assert not sent[0].transient
         assert len(got) == 2
+
+    def test_a_receiver_that_knows_only_the_default_syntax(self, files: list[Path]) -> None:
+        with receiver(syntaxes=[ImplicitVRLittleEndian]) as (port, got):
+            sent = cstore.send(to(port), files)
+        assert all(item.accepted for item in sent)
+        for read, path in zip(got, files, strict=True):
+            written = dcmread(path)
+            # Implicit VR does not say whether pixels are OB or OW.
+            pixels = [item.PixelData for item in (read, written) if "PixelData" in item]
+            assert pixels[:1] == pixels[1:]
+            for item in (read, written):
+                item.pop("PixelData", None)
+            assert read == written
+
+    def test_the_objects_own_syntax_is_preferred(self, files: list[Path]) -> None:
+        used: list[str] = []
+        with receiver(lambda event: used.append(event.context.transfer_syntax) or 0) as (port, _):
+            cstore.send(to(port), files)
+        assert used == [ExplicitVRLittleEndian] * 4
 
     def test_an_association_lost_half_way_keeps_what_was_answered(self, files: list[Path]) -> None:
         def answer(event: evt.Event) -> int:
@@ -329,4 +352,5 @@ def test_more_kinds_than_an_association_can_hold_are_split(tmp_path: Path) -> No
     objects = [_Object(tmp_path, f"1.2.{number % 150}", str(number), ExplicitVRLittleEndian) for number in range(300)]  # type: ignore[arg-type]
     batches = list(_batches(objects))
     assert [item for batch in batches for item in batch] == objects
-    assert all(len({item.context for item in batch}) <= 128 for batch in batches)
+    assert all(len({offer for item in batch for offer in item.offers}) <= 128 for batch in batches)
+    assert len(batches) > 1

@@ -13,7 +13,7 @@ from typing import Any
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import UID, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 from pynetdicom import AE, Association, build_context, build_role, evt
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]
@@ -44,13 +44,16 @@ class _Object:
     transfer_syntax_uid: UID
 
     @property
-    def context(self) -> tuple[UID, UID]:
-        return (self.sop_class_uid, self.transfer_syntax_uid)
+    def offers(self) -> tuple[tuple[UID, UID], ...]:
+        """Presentation contexts that can carry it, best first: as it is, and else in the default syntax (PS3.5 10.1)."""
+        own = (self.sop_class_uid, self.transfer_syntax_uid)
+        return (own, (self.sop_class_uid, ImplicitVRLittleEndian)) if own[1] == ExplicitVRLittleEndian else (own,)
 
 
 def send(destination: Destination, paths: Sequence[Path]) -> list[Sent]:
-    """C-STORE every file as it lies on disk, in its own transfer syntax, and say what the receiver answered to each.
+    """C-STORE every file in its own transfer syntax, and say what the receiver answered to each.
 
+    An Explicit VR Little Endian object is put into Implicit VR for a receiver that takes only that; no other is converted.
     0000 and Bxxx are accepted; A7xx, 0110 and no answer are transient; everything else is refused (PS3.4 B.2.3).
     Raises DeliveryFailed when no association could be opened.
     """
@@ -75,7 +78,7 @@ def _batches(objects: list[_Object]) -> Iterator[list[_Object]]:
     """Groups that need at most 128 presentation contexts, the most an association can have (PS3.8 9.3.2.2)."""
     batch: list[_Object] = []
     for item in objects:
-        if len({other.context for other in batch} | {item.context}) > _MAX_CONTEXTS:
+        if len({offer for one in (*batch, item) for offer in one.offers}) > _MAX_CONTEXTS:
             yield batch
             batch = []
         batch.append(item)
@@ -84,7 +87,8 @@ def _batches(objects: list[_Object]) -> Iterator[list[_Object]]:
 
 
 def _send_batch(destination: Destination, objects: list[_Object]) -> list[Sent]:
-    contexts = [build_context(sop_class, syntax) for sop_class, syntax in dict.fromkeys(item.context for item in objects)]
+    offers = dict.fromkeys(offer for item in objects for offer in item.offers)
+    contexts = [build_context(sop_class, syntax) for sop_class, syntax in offers]
     sent = []
     with _association(destination, contexts) as association:
         accepted = {(UID(context.abstract_syntax or ""), context.transfer_syntax[0]) for context in association.accepted_contexts}
@@ -94,7 +98,7 @@ def _send_batch(destination: Destination, objects: list[_Object]) -> list[Sent]:
 
 
 def _send_one(association: Association, item: _Object, accepted: set[tuple[UID, UID]]) -> Sent:
-    if item.context not in accepted:
+    if accepted.isdisjoint(item.offers):
         return Sent(item.sop_instance_uid, False, "no presentation context accepted")
     if not association.is_established:
         return Sent(item.sop_instance_uid, False, _UNCONFIRMED, transient=True)
