@@ -59,6 +59,21 @@ class Model:
     expires_at: str | None
     added_at: str
 
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.manifest.name
+
+    @property
+    def version(self) -> str:
+        """Its semantic version."""
+        return self.manifest.version
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over its files."""
+        return self.manifest.digest
+
 
 @dataclass(frozen=True)
 class TrustedKey:
@@ -181,7 +196,7 @@ class Registry:
         return manifest
 
     def retire(self, name: str, version: str, who: str, why: str) -> None:
-        """No run starts on this model from now on, not even one pinned to it. Raises TransitionRefused."""
+        """Resolve it no more. Runs pinned to it still load it, so that they end as they began. Raises TransitionRefused."""
         self._move(_manifest_of(self._get(name, version)), "retired", "model retired", who, why)
 
     def _move(self, manifest: Manifest, state: str, what: str, who: str, why: str) -> None:
@@ -212,13 +227,14 @@ class Registry:
         return manifest
 
     def load(self, digest: str) -> tuple[Manifest, Path]:
-        """The model with this digest and the folder of its files, verified now. Raises as ``verify``, and ModelStateRefused."""
-        with reading(self.engine) as connection:
-            row = connection.execute(sa.select(model).where(model.c.digest == digest)).mappings().first()
-        if row is None:
-            raise ModelUnknown(name="with digest", version=digest)
+        """The model with this digest and the folder of its files, verified now, for a run that is pinned to it.
+
+        A retired one is handed out too: a run keeps the model it started with. Raises as ``verify``, and ModelStateRefused for a
+        model that was never activated.
+        """
+        row = self._by_digest(digest)
         manifest = _manifest_of(row)
-        if row["state"] != "active":
+        if row["state"] == "added":
             raise ModelStateRefused(name=manifest.name, version=manifest.version, state=row["state"])
         self._check(manifest)
         return manifest, self.folder / row["path"]
@@ -232,6 +248,17 @@ class Registry:
             Model(_manifest_of(row), row["state"], row["signed_by"], row["expires_at"], row["added_at"])
             for row in sorted(newest_first, key=lambda row: str(row["name"]))
         ]
+
+    def manifest(self, digest: str) -> Manifest:
+        """The manifest of a model, unverified: for saying what made an earlier result, never for running it."""
+        return _manifest_of(self._by_digest(digest))
+
+    def _by_digest(self, digest: str) -> sa.RowMapping:
+        with reading(self.engine) as connection:
+            row = connection.execute(sa.select(model).where(model.c.digest == digest)).mappings().first()
+        if row is None:
+            raise ModelUnknown(name="with digest", version=digest)
+        return row
 
     def path_of(self, digest: str) -> Path:
         """Where the files of a model lie, unverified: for showing its model card, never for running it."""

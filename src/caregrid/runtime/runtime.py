@@ -12,6 +12,8 @@ from caregrid.errors import AlgorithmBroken, ConfigError
 from caregrid.runtime import _cgroups
 from caregrid.runtime._spool import Home
 from caregrid.runtime._warm import Answer, Workers
+from caregrid.runtime.container import Containers
+from caregrid.runtime.map import Maps
 from caregrid.runtime.sandbox import Python, check_apart, require_bubblewrap
 
 SANDBOXES = ("bubblewrap",)
@@ -39,6 +41,8 @@ class Runtime:
         self.environments = environments
         self._home = Home(scratch)
         self._workers = Workers(self._home, recycle_studies, recycle_minutes)
+        self._containers = Containers(self._home)
+        self._maps = Maps(self._containers)
         _cgroups.sweep(self._home.mark, self._home.living)
 
     def run(
@@ -71,8 +75,10 @@ class Runtime:
         """
         seconds = min(timeout_seconds or manifest.timeout_seconds, manifest.timeout_seconds)
         merged = {**manifest.parameters, **(parameters or {})}
-        if manifest.runner in ("container", "map"):
-            answer = self._contained(manifest, package, files_by_series, merged, seconds, stop)
+        if manifest.runner == "map":
+            answer = self._maps.run(manifest, package, files_by_series, seconds, stop)
+        elif manifest.runner == "container":
+            answer = self._containers.run(manifest, package, files_by_series, merged, seconds, stop)
         else:
             python = self._python(manifest)
             require_bubblewrap()
@@ -86,16 +92,11 @@ class Runtime:
             return Python.own()
         return Python.of_environment((self.environments or Path("/nowhere")) / manifest.environment)
 
-    def _contained(
-        self,
-        manifest: Manifest,
-        package: Path,
-        files_by_series: Mapping[str, Sequence[Path]],
-        parameters: Mapping[str, Any],
-        seconds: float,
-        stop: Callable[[], bool] | None,
-    ) -> Answer:
-        raise NotImplementedError
+    @staticmethod
+    def forget(answer: Answer) -> None:
+        """Remove the files that came with an answer (runner map), once they are kept elsewhere."""
+        for path in answer.files:
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Stop the warm workers and remove what was handed over."""

@@ -257,7 +257,8 @@ def test_states(registry: Registry, key: bytes, tmp_path: Path) -> None:
         registry.activate("counting", "1.0.0", "ann", "go")
     registry.retire("counting", "1.0.0", "ann", "old")
     with pytest.raises(ModelStateRefused, match="is retired"):
-        registry.load(digest)
+        registry.resolve("counting")
+    assert registry.load(digest)[0].digest == digest, "a run under way keeps the model it started with"
     with pytest.raises(ModelUnknown):
         registry.resolve("nothing")
     with pytest.raises(ModelUnknown):
