@@ -113,7 +113,7 @@ def _input(table: _Table) -> InputSpec:
         minimum_instances=table.whole("minimum_instances", 1, 1, 1_000_000),
         many=table.truth("many", False),
         optional=table.truth("optional", False),
-        corrections=table.texts("corrections", _CORRECTION, "gantry-tilt or longest-run") if table.take("corrections", []) else (),
+        corrections=table.texts("corrections", _CORRECTION, "gantry-tilt or longest-run", empty=True),
     )
 
 
@@ -232,9 +232,9 @@ class _Table:
             raise _invalid(self.path(key), f"must be {says}")
         return value
 
-    def texts(self, key: str, pattern: re.Pattern[str], says: str) -> tuple[str, ...]:
-        value = self.take(key)
-        if not isinstance(value, list) or not value:
+    def texts(self, key: str, pattern: re.Pattern[str], says: str, empty: bool = False) -> tuple[str, ...]:
+        value = self.take(key, [] if empty else None)
+        if not isinstance(value, list) or not (value or empty):
             raise _invalid(self.path(key), f"must be a list of {says}")
         if not all(isinstance(item, str) and pattern.match(item) for item in value):
             raise _invalid(self.path(key), f"must be a list of {says}")

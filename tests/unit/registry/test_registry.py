@@ -287,7 +287,7 @@ def test_precedence_is_semvers_own_example() -> None:
         "1.0.0-rc.1",
         "1.0.0",
     ]
-    assert sorted(order[::-1], key=precedence) == order
+    assert sorted([*order[4:], *order[:4]], key=precedence) == order
 
 
 def test_keys_with_a_passphrase_and_of_another_kind(registry: Registry, tmp_path: Path) -> None:
