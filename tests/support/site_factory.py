@@ -166,7 +166,7 @@ def _password_hash() -> str:
 
 
 def _registry(site: Site) -> None:
-    package = site.settings.data / "registry" / "packages" / "lung-volume-1.2.0"
+    package = site.settings.data / "models" / "packages" / "lung-volume-1.2.0"
     package.mkdir(parents=True)
     (package / "README.md").write_text(CARD, encoding="utf-8")
     with writing(site.engine) as connection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +64,7 @@ class Web:
     actions: Actions
     templates: Environment
     login_slots: asyncio.Semaphore
+    views_noted: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def tls(self) -> bool:
@@ -156,6 +157,7 @@ def render(request: Request, template: str, session: Session | None = None, stat
         site=web.settings.name,
         session=session,
         roles=roles,
+        has_viewer=web.settings.web.dicomweb and may(roles, "see images"),
         csrf=session.csrf if session else "",
         navigation=navigation,
         path=request.url.path,

@@ -107,7 +107,8 @@ def _broken(request: Request, _error: Exception) -> Response:
 
 def _error_page(request: Request, status: int, words: str, known: bool = True) -> Response:
     if not _for_people(request):
-        return JSONResponse({"error": words}, status_code=status)
+        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+        return JSONResponse({"error": words}, status_code=status, headers=headers)
     session = current_session(request) if known else None
     return render(request, "error.html", session, status, title=TITLES.get(status, "That did not work"), words=words)
 

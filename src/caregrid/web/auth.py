@@ -24,6 +24,8 @@ router = APIRouter()
 #: Seconds to wait for one of the few places at the (deliberately slow) password check.
 LOGIN_PATIENCE = 10.0
 
+MAX_VIEWS_NOTED = 10_000
+
 #: role → first page after signing in; the first that fits
 HOMES = (("clinician", "/worklist"), ("operator", "/operations"), ("governance", "/governance/audit"), ("admin", "/admin/users"))
 
@@ -53,7 +55,19 @@ def authorise_dicomweb(request: Request) -> Principal:
     if session is None or request.method not in ("GET", "HEAD"):
         raise SignInNeeded
     check_may(session.roles, "see images")
+    _note_view(web, session, request.path_params.get("study", ""))
     return Principal(name=session.user, roles=session.roles)
+
+
+def _note_view(web: Web, session: users.Session, study_uid: str) -> None:
+    # Images read past the pages are looked at too; the set spares a query for every one of a study's images.
+    seen = (session.key, study_uid)
+    if not study_uid or seen in web.views_noted:
+        return
+    users.record_view(web.engine, session, study_uid)
+    if len(web.views_noted) >= MAX_VIEWS_NOTED:
+        web.views_noted.clear()
+    web.views_noted.add(seen)
 
 
 @router.get("/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -266,16 +265,11 @@ def model(request: Request, web: Parts, session: SignedIn, digest: str) -> HTMLR
 
 def model_card(web: Web, row: Row) -> str:
     """The package's model card as text; empty when its file is not there."""
-    name = row["manifest"].get("model_card") or "README.md"
-    for folder in (web.settings.data / row["path"], web.settings.data / "registry" / row["path"], web.store_folder / row["path"]):
-        card = (folder / name).resolve()
-        if card.is_relative_to(folder.resolve()) and card.is_file() and card.stat().st_size <= MAX_CARD_BYTES:
-            return _text(card)
+    folder = web.settings.data / "models" / row["path"]
+    card = (folder / (row["manifest"].get("model_card") or "README.md")).resolve()
+    if card.is_relative_to(folder.resolve()) and card.is_file() and card.stat().st_size <= MAX_CARD_BYTES:
+        return card.read_text(encoding="utf-8", errors="replace")
     return ""
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
 
 
 @router.get("/notifications")
