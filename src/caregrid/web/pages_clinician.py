@@ -76,7 +76,7 @@ def decide(request: Request, web: Parts, session: SignedIn, form: Posted, uid: s
         raise ReviewOutdated
     decision, reason = security.text(form, "decision"), security.text(form, "reason")
     corrections, errors = _read_corrections(form, review) if decision == "corrected" else (None, {})
-    errors = {**_check_decision(decision, reason), **errors}
+    errors = {**errors, **_check_decision(decision, reason)}
     if errors:
         refused = {"key": review["key"], "errors": errors, "form": {key: str(value) for key, value in form.items()}}
         return _study_page(request, web, session, uid, status=422, refused=refused)

@@ -160,6 +160,7 @@ def test_unverified_results_say_so(signed_in, site):
     clare = signed_in("clare")
     assert "AI result, not yet verified" in clare.get(f"/studies/{site.uids['waiting']}").text
     assert "no clinician has accepted it" in clare.get(f"/studies/{site.uids['unasked']}").text
+    assert "A clinician looked at it and rejected it" in clare.get(f"/studies/{site.uids['rejected']}").text
     assert "not yet verified" not in clare.get(f"/studies/{site.uids['accepted']}").text
 
 
