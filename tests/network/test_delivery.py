@@ -154,6 +154,7 @@ class TestAnswers:
             (0x0000, True, False),
             (0xB000, True, False),
             (0xB007, True, False),
+            (0x0107, True, False),
             (0xA700, False, True),
             (0xA701, False, True),
             (0x0110, False, True),

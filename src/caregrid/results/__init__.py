@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from highdicom._standard_utils import is_attribute_in_iod
 from pydicom.dataset import Dataset
@@ -33,18 +33,21 @@ def warm_up() -> None:
     is_attribute_in_iod("ContentDate", "1.2.840.10008.5.1.4.1.1.66.4")
 
 
-def write_results(context: ResultContext, findings: Findings, formats: Collection[str]) -> list[tuple[str, Dataset]]:
+def write_results(
+    context: ResultContext, findings: Findings, formats: Collection[str], segmentations: Sequence[Dataset] = ()
+) -> list[tuple[str, Dataset]]:
     """Every object of the formats asked for, as (format, data set): SEG first, so that the SR can reference its segments.
 
+    segmentations: SEG objects already written, for an SR that is written later (verified by a clinician) without new ones.
     Raises KeyError for a format the slot does not have, ResultInvalid when the findings do not fit their source.
     """
     unknown = set(formats) - {dicom_seg.FORMAT, dicom_sr.FORMAT, dicom_sc.FORMAT}
     if unknown:
         raise KeyError(f"there is no result format {', '.join(sorted(unknown))}")
-    segmentations = dicom_seg.write(context, findings) if dicom_seg.FORMAT in formats else []
-    made = [(dicom_seg.FORMAT, dataset) for dataset in segmentations]
+    written = dicom_seg.write(context, findings) if dicom_seg.FORMAT in formats else []
+    made = [(dicom_seg.FORMAT, dataset) for dataset in written]
     if dicom_sr.FORMAT in formats:
-        made += [(dicom_sr.FORMAT, dataset) for dataset in dicom_sr.write(context, findings, segmentations)]
+        made += [(dicom_sr.FORMAT, dataset) for dataset in dicom_sr.write(context, findings, written or segmentations)]
     if dicom_sc.FORMAT in formats:
         made += [(dicom_sc.FORMAT, dataset) for dataset in dicom_sc.write(context, findings)]
     return made

@@ -339,6 +339,12 @@ def put_identity(dataset: Dataset, identity: Dataset) -> None:
         dataset[element.tag] = deepcopy(element)
 
 
+def put_laterality(dataset: Dataset, sources: Sequence[Dataset]) -> None:
+    """The side the source says; empty when it says none (type 2C, PS3.3 C.7.3.1)."""
+    said = {str(header.get("Laterality", "") or "") for header in sources}
+    dataset.Laterality = said.pop() if len(said) == 1 else ""
+
+
 def _put_times(dataset: Dataset, context: ResultContext) -> None:
     started = context.started_at.astimezone(context.zone)
     written = _written(context)

@@ -16,7 +16,7 @@ from pydicom.valuerep import DA, TM
 
 from caregrid.domain.findings import Findings, Picture
 from caregrid.errors import ResultInvalid
-from caregrid.results._common import ResultContext, finish, series_arguments
+from caregrid.results._common import ResultContext, finish, put_laterality, series_arguments
 
 FORMAT = "dicom_sc"
 
@@ -44,7 +44,7 @@ def _capture(context: ResultContext, findings: Findings, picture: Picture, numbe
     )
     # A picture for people may be a montage or a plot: it has no orientation of its own (type 2C, empty).
     dataset.PatientOrientation = []
-    dataset.Laterality = ""
+    put_laterality(dataset, context.used(findings))
     dataset.ConversionType = "WSD"
     dataset.BurnedInAnnotation = "YES"
     dataset.ImageComments = WARNING_TEXT

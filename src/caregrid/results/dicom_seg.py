@@ -13,7 +13,14 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from caregrid.domain.findings import Findings, Segment
 from caregrid.errors import ResultInvalid
-from caregrid.results._common import ResultContext, algorithm_identification, coded, finish, series_arguments, tracking_uid
+from caregrid.results._common import (
+    ResultContext,
+    algorithm_identification,
+    coded,
+    finish,
+    series_arguments,
+    tracking_uid,
+)
 
 FORMAT = "dicom_seg"
 

@@ -141,6 +141,18 @@ def test_unverified_until_a_clinician_confirmed(paths: list[Path]) -> None:
     assert refused.VerificationFlag == "UNVERIFIED"
 
 
+def test_a_report_verified_later_references_the_seg_that_was_delivered(paths: list[Path], tmp_path: Path) -> None:
+    found = findings(paths)
+    (seg,) = [dataset for _, dataset in write_results(context(paths), found, ("dicom_seg",))]
+    seg.save_as(tmp_path / "seg.dcm", enforce_file_format=True)
+    later = context(paths, uid_seed="run-1/measure/reviewed", reviewed=REVIEWER)
+    ((_, dataset),) = write_results(later, found, ("dicom_sr",), [dcmread(tmp_path / "seg.dcm")])
+    reference = first(groups(dataset)[0], "121191").ReferencedSOPSequence[0]  # type: ignore[union-attr]
+    assert reference.ReferencedSOPInstanceUID == seg.SOPInstanceUID
+    assert dataset.VerificationFlag == "VERIFIED"
+    assert validate(dataset, paths, [seg]).errors == ()
+
+
 def test_the_report_names_what_it_supersedes(paths: list[Path]) -> None:
     old = report(paths, findings(paths))
     earlier = Predecessor(str(old.SOPClassUID), str(old.SOPInstanceUID), str(old.SeriesInstanceUID))
