@@ -6,129 +6,182 @@ promised is therefore never lost, and one that was not promised leaves at most a
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import secrets
-import shutil
-from dataclasses import dataclass
-from io import BytesIO
+import struct
+import threading
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
 
-import pydicom
 import sqlalchemy as sa
-from pydicom.dataset import FileMetaDataset
-from pydicom.filewriter import write_file_meta_info
-from pydicom.uid import UID
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from caregrid.domain.study import Incoming, Receipt, Source
-from caregrid.errors import IntakeError, MalformedObject, SopMismatch, StoreFull
-from caregrid.store import audit
-from caregrid.store.database import reading, writing
-from caregrid.store.tables import instance, now, quarantine, rejection, series, study
+from caregrid.errors import IntakeError, SopMismatch, StoreFull
+from caregrid.store._header import Bytes, Header, read_header
+from caregrid.store._index import Entry, Index
+from caregrid.store._journal import Journal, Label, leftovers, whole
+from caregrid.store.database import writing
+from caregrid.store.files import HalfFile, free_bytes, make_folder, sweep, sync_file_system
+from caregrid.store.tables import now, quarantine, rejection
 
 IMPLEMENTATION_CLASS_UID = "2.25.300180474285829414929262398764329170981"
-_TAGS = [
-    "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "InstanceNumber", "NumberOfFrames",
-    "Rows", "Columns", "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
-    "StudyDescription", "ReferringPhysicianName", "Modality", "SeriesNumber", "SeriesDescription", "BodyPartExamined", "StationName",
-]  # fmt: skip
+IMPLEMENTATION_VERSION_NAME = "CAREGRID"
 
+log = structlog.get_logger()
 
-@dataclass(frozen=True)
-class _Read:
-    """An object understood: its header, its data set's bytes and its transfer syntax."""
-
-    header: pydicom.Dataset
-    whole: bytes
-    data_offset: int
-    transfer_syntax_uid: str
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the data set alone, so that the same object by DIMSE and by STOW compares equal."""
-        return hashlib.sha256(memoryview(self.whole)[self.data_offset :]).hexdigest()
+_FOLDERS = ("tmp", "instances", "quarantine", "results")
 
 
 class InstanceStore:
-    """The folder of received files and their index. Safe for several threads and processes at once."""
+    """The folder of received files and their index. Safe for several threads and processes at once, also after a fork."""
 
-    def __init__(self, engine: sa.Engine, folder: Path, free_bytes_floor: int = 500 << 20) -> None:
+    def __init__(self, engine: sa.Engine, folder: Path, free_bytes_floor: int = 500 << 20, journal_after: int | None = 8) -> None:
         self.engine, self.folder, self.floor = engine, folder, free_bytes_floor
-        for name in ("tmp", "instances", "quarantine", "results"):
+        self._journal: Journal | None = None
+        self._journal_after, self._starting = journal_after, threading.Lock()
+        for name in _FOLDERS:
             (folder / name).mkdir(parents=True, exist_ok=True)
+        self._index = Index(engine)
+        self._made: set[str] = set()
+        _keep_connections_apart(self)
 
     def receive(self, incoming: Incoming) -> Receipt:
         """Keep an object. Raises MalformedObject or SopMismatch (it is in quarantine then) or StoreFull (nothing is kept)."""
-        if shutil.disk_usage(self.folder).free < self.floor:
+        size = sum(len(memoryview(chunk)) for chunk in incoming.chunks)
+        if free_bytes(self.folder) < self.floor + size:
             raise StoreFull()
-        try:
-            read = _understand(incoming)
-        except IntakeError as error:
-            self._quarantine(incoming, error)
-            raise
-        try:
-            return self._keep(incoming.source, read)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreFull() from error
-            raise
+        meta = b"" if incoming.part10 else file_meta(incoming)
+        with HalfFile(self.folder / "tmp") as half:
+            half.write([meta, *incoming.chunks])
+            try:
+                header, sha256 = _understand(incoming, half)
+            except IntakeError as error:
+                self._quarantine(incoming, half, error)
+                raise
+            return self._keep(incoming.source, header, sha256, half, [meta, *incoming.chunks])
 
     def path(self, row_or_relative: str) -> Path:
         """The file of an instance row's ``path``."""
         return self.folder / row_or_relative
 
     def sweep(self) -> int:
-        """Remove what an interrupted receipt left in ``tmp/``; returns how many files."""
-        left = [file for file in (self.folder / "tmp").iterdir() if file.is_file()]
-        for file in left:
-            file.unlink()
-        return len(left)
+        """At start: keep what a process that died had promised, and remove what interrupted receipts left in ``tmp/``.
 
-    def _keep(self, source: Source, read: _Read) -> Receipt:
-        header, sha = read.header, read.sha256
-        uid, study_uid = str(header.SOPInstanceUID), str(header.StudyInstanceUID)
-        with reading(self.engine) as connection:
-            known = connection.execute(sa.select(instance.c.sha256).where(instance.c.sop_instance_uid == uid)).scalars().all()
-        if sha in known:
-            return Receipt("duplicate", str(header.SOPClassUID), uid, study_uid)
-        relative = f"instances/{sha[:2]}/{uid}-{sha[:16]}.dcm"
-        self._write(relative, read.whole)
-        with writing(self.engine) as connection:
-            copies = connection.execute(
-                sa.select(instance.c.copy, instance.c.sha256).where(instance.c.sop_instance_uid == uid)
-            ).all()
-            if any(row.sha256 == sha for row in copies):
-                return Receipt("duplicate", str(header.SOPClassUID), uid, study_uid)
-            _index(connection, source, read, sha, relative, len(copies))
-        return Receipt("conflict" if copies else "stored", str(header.SOPClassUID), uid, study_uid)
+        Never touches what another process is writing now. Returns how many files were removed.
+        """
+        self._recover()
+        return sweep(self.folder / "tmp")
 
-    def _write(self, relative: str, content: bytes) -> None:
+    def _keep(self, source: Source, header: Header, sha256: str, half: HalfFile, pieces: Sequence[Bytes]) -> Receipt:
+        uid = header.uid("SOPInstanceUID")
+        relative = f"instances/{sha256[:2]}/{uid}-{sha256[:16]}.dcm"
+        receipt = (header.uid("SOPClassUID"), uid, header.uid("StudyInstanceUID"))
         final = self.folder / relative
-        final.parent.mkdir(exist_ok=True)
-        half = self.folder / "tmp" / secrets.token_hex(16)
-        handle = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-        try:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[os.write(handle, rest) :]
-            os.fdatasync(handle)
-        except OSError:
-            half.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(handle)
-        os.rename(half, final)
-        _sync_folder(final.parent)
-        _sync_folder(final.parent.parent)
+        if final.exists() and self._index.holds(uid, sha256):
+            return Receipt("duplicate", *receipt)
+        entry = Entry(source, header, sha256, sum(map(len, pieces)), relative)
+        with self._promised(entry, len(pieces[0]) + header.data_offset, half, pieces) as journaled:
+            entry.journaled = journaled
+            self._prepare(sha256[:2])
+            half.place(final, wait=not journaled)
+            try:
+                status = self._index.add(entry)
+            except (StoreFull, SQLAlchemyError):
+                self._take_back(final, uid, sha256)
+                raise
+        return Receipt(status, *receipt)
 
-    def _quarantine(self, incoming: Incoming, error: IntakeError) -> None:
-        content = b"".join(incoming.chunks)
-        sha = hashlib.sha256(content).hexdigest()
-        relative = f"quarantine/{sha}.bin"
-        self._write(relative, content)
-        source = incoming.source
+    @contextmanager
+    def _promised(self, entry: Entry, offset: int, half: HalfFile, pieces: Sequence[Bytes]) -> Iterator[bool]:
+        """Have the bytes on the disk: in the journal (True), or in the file itself, whose folder and rows must be synced too."""
+        journal = self._journal or self._start_journal()
+        segment = None
+        if journal:
+            prefix = os.pread(half.handle, offset, 0)
+            label = Label(entry.source, entry.path, entry.sha256, len(prefix), zlib.crc32(prefix))
+            segment = journal.add(label, pieces, entry.size)
+        if journal is None or segment is None:
+            half.sync()
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            journal.kept(segment)
+
+    def _start_journal(self) -> Journal | None:
+        """A process that receives a lot gets a journal; it is not worth its 128 MiB for the odd object."""
+        if self._journal_after is None:
+            return None
+        with self._starting:
+            self._journal_after -= 1
+            if self._journal is None and self._journal_after < 0:
+                self._journal = Journal(self.folder / "journal", self._settle, self.floor)
+        return self._journal
+
+    def _forget_parent(self) -> None:
+        self.engine.dispose(close=False)
+        if self._journal:
+            self._journal.forget()
+        self._journal, self._starting, self._index = None, threading.Lock(), Index(self.engine)
+
+    def _settle(self) -> None:
+        sync_file_system(self.folder)
+        self._index.settle()
+
+    def close(self) -> None:
+        """Settle and remove the journal. Without this the next ``sweep`` does it."""
+        if self._journal:
+            self._journal.close()
+            self._journal = None
+        self._index.close()
+
+    def _recover(self) -> None:
+        """Keep, in their places, the objects that were promised by a process that is gone."""
+        for path, records in leftovers(self.folder / "journal"):
+            try:
+                for label, content in records:
+                    self._restore(label, content)
+                self._settle()
+                path.unlink()
+            except (StoreFull, SQLAlchemyError, IntakeError) as error:
+                log.error("journal not recovered", error=type(error).__name__)
+
+    def _restore(self, label: Label, content: bytes) -> None:
+        final = self.folder / label.path
+        if not (final.is_file() and whole(label, final.read_bytes())):
+            self._prepare(final.parent.name)
+            with HalfFile(self.folder / "tmp") as half:
+                half.write([content])
+                half.sync()
+                half.place(final)
+        header = read_header(content, True)
+        if not self._index.holds(header.uid("SOPInstanceUID"), label.sha256):
+            self._index.add(Entry(label.source, header, label.sha256, len(content), label.path))
+
+    def _prepare(self, name: str) -> None:
+        if name not in self._made:
+            make_folder(self.folder / "instances" / name)
+            self._made.add(name)
+
+    def _take_back(self, final: Path, uid: str, sha256: str) -> None:
+        # A commit whose answer was lost may have happened: the file goes only when the index is sure not to know it.
+        with suppress(SQLAlchemyError, OSError):
+            if not self._index.holds(uid, sha256):
+                final.unlink(missing_ok=True)
+
+    def _quarantine(self, incoming: Incoming, half: HalfFile, error: IntakeError) -> None:
+        sha256, source = _sha256(incoming.chunks), incoming.source
+        relative = f"quarantine/{sha256}.dcm"
+        size = os.fstat(half.handle).st_size
+        half.sync()
+        half.place(self.folder / relative)
         with writing(self.engine) as connection:
             connection.execute(
                 quarantine.insert().values(
@@ -137,168 +190,14 @@ class InstanceStore:
                     calling_ae=source.calling_ae,
                     called_ae=source.called_ae,
                     address=source.address,
-                    sop_instance_uid=incoming.sop_instance_uid,
+                    sop_instance_uid=incoming.sop_instance_uid.replace("\0", ""),
                     reason=error.message,
                     error=type(error).__name__,
-                    sha256=sha,
-                    size=len(content),
+                    sha256=sha256,
+                    size=size,
                     path=relative,
                 )
             )
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _understand(incoming: Incoming) -> _Read:
-    content = b"".join(incoming.chunks)
-    meta_length = 0
-    if not incoming.part10:
-        meta = _file_meta(incoming)
-        content, meta_length = meta + content, len(meta)
-    try:
-        file = BytesIO(content)
-        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
-        whole = pydicom.dcmread(BytesIO(content), defer_size=1024)
-    except Exception as error:  # pydicom raises many kinds on hostile input; all of them mean the same to a sender
-        raise MalformedObject(reason=f"{type(error).__name__} while reading it") from error
-    if incoming.part10:
-        meta_length = 128 + 4 + 12 + int(header.file_meta.get("FileMetaInformationGroupLength", 0) or 0)
-    del whole
-    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
-        if not UID(str(header.get(keyword, ""))).is_valid or not header.get(keyword):
-            raise MalformedObject(reason=f"{keyword} is missing or not a UID")
-    if incoming.sop_instance_uid and incoming.sop_instance_uid != header.SOPInstanceUID:
-        raise SopMismatch(reason="SOP Instance UID differs")
-    if incoming.sop_class_uid and incoming.sop_class_uid != header.SOPClassUID:
-        raise SopMismatch(reason="SOP Class UID differs")
-    return _Read(header, content, meta_length, str(header.file_meta.TransferSyntaxUID))
-
-
-def _file_meta(incoming: Incoming) -> bytes:
-    meta = FileMetaDataset()
-    meta.FileMetaInformationVersion = b"\x00\x01"
-    meta.MediaStorageSOPClassUID = incoming.sop_class_uid
-    meta.MediaStorageSOPInstanceUID = incoming.sop_instance_uid
-    meta.TransferSyntaxUID = incoming.transfer_syntax_uid
-    meta.ImplementationClassUID = IMPLEMENTATION_CLASS_UID
-    out = BytesIO()
-    out.write(b"\0" * 128 + b"DICM")
-    write_file_meta_info(out, meta)  # type: ignore[arg-type]
-    return out.getvalue()
-
-
-def _int(value: Any) -> int | None:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _index(connection: sa.Connection, source: Source, read: _Read, sha: str, path: str, copy: int) -> None:
-    header, moment = read.header, now()
-    uid, study_uid, series_uid = str(header.SOPInstanceUID), str(header.StudyInstanceUID), str(header.SeriesInstanceUID)
-    sender = {"protocol": source.protocol, "calling_ae": source.calling_ae, "called_ae": source.called_ae, "address": source.address}
-    connection.execute(
-        instance.insert().values(
-            sop_instance_uid=uid,
-            copy=copy,
-            study_instance_uid=study_uid,
-            series_instance_uid=series_uid,
-            sop_class_uid=str(header.SOPClassUID),
-            transfer_syntax_uid=read.transfer_syntax_uid,
-            instance_number=_int(header.get("InstanceNumber")),
-            number_of_frames=_int(header.get("NumberOfFrames")),
-            rows=_int(header.get("Rows")),
-            columns=_int(header.get("Columns")),
-            sha256=sha,
-            size=len(read.whole),
-            path=path,
-            received_at=moment,
-            **sender,
-        )
-    )
-    new_series = 0
-    if copy == 0:
-        changed = connection.execute(
-            series.update()
-            .where(series.c.series_instance_uid == series_uid)
-            .values(number_of_instances=series.c.number_of_instances + 1)
-        )
-        if changed.rowcount == 0:
-            new_series = 1
-            connection.execute(
-                series.insert().values(
-                    series_instance_uid=series_uid,
-                    study_instance_uid=study_uid,
-                    modality=str(header.get("Modality", "")),
-                    series_number=_int(header.get("SeriesNumber")),
-                    series_description=str(header.get("SeriesDescription", "")),
-                    body_part_examined=str(header.get("BodyPartExamined", "")),
-                    station_name=str(header.get("StationName", "")),
-                    number_of_instances=1,
-                    first_received_at=moment,
-                )
-            )
-    _touch_study(connection, header, sender, moment, new_series, copy)
-
-
-def _touch_study(
-    connection: sa.Connection, header: pydicom.Dataset, sender: dict[str, str], moment: str, new_series: int, copy: int
-) -> None:
-    study_uid, modality = str(header.StudyInstanceUID), str(header.get("Modality", ""))
-    row = connection.execute(sa.select(study).where(study.c.study_instance_uid == study_uid)).mappings().first()
-    if row is None:
-        connection.execute(
-            study.insert().values(
-                study_instance_uid=study_uid,
-                state="receiving",
-                patient_id=str(header.get("PatientID", "")),
-                patient_name=str(header.get("PatientName", "")),
-                patient_birth_date=str(header.get("PatientBirthDate", "")),
-                patient_sex=str(header.get("PatientSex", "")),
-                accession_number=str(header.get("AccessionNumber", "")),
-                study_id=str(header.get("StudyID", "")),
-                study_date=str(header.get("StudyDate", "")),
-                study_time=str(header.get("StudyTime", "")),
-                study_description=str(header.get("StudyDescription", "")),
-                referring_physician_name=str(header.get("ReferringPhysicianName", "")),
-                modalities=modality,
-                number_of_series=1,
-                number_of_instances=1,
-                first_received_at=moment,
-                last_received_at=moment,
-                **sender,
-            )
-        )
-        return
-    modalities = sorted({*row["modalities"].split("\\"), modality} - {""})
-    connection.execute(
-        study.update()
-        .where(study.c.study_instance_uid == study_uid)
-        .values(
-            modalities="\\".join(modalities),
-            number_of_series=study.c.number_of_series + new_series,
-            number_of_instances=study.c.number_of_instances + int(copy == 0),
-            last_received_at=moment,
-            late_instances=study.c.late_instances + int(row["state"] not in ("receiving", "held")),
-            conflicts=study.c.conflicts + int(copy > 0),
-        )
-    )
-    if copy:
-        audit.append(
-            connection,
-            who="caregrid",
-            what="conflicting instance kept",
-            subject=f"study:{study_uid}",
-            why="the same SOP Instance UID came with other bytes",
-            detail={"object": str(header.SOPInstanceUID), "copy": copy},
-        )
 
 
 def record_rejection(engine: sa.Engine, source: Source, what: str, reason: str) -> None:
@@ -315,3 +214,58 @@ def record_rejection(engine: sa.Engine, source: Source, what: str, reason: str) 
                 reason=reason,
             )
         )
+
+
+def file_meta(incoming: Incoming) -> bytes:
+    """Preamble and file meta information (PS3.10 7.1) to stand before a bare data set."""
+    body = _element(1, b"OB", b"\x00\x01")
+    body += _element(2, b"UI", incoming.sop_class_uid.encode("ascii", "replace"))
+    body += _element(3, b"UI", incoming.sop_instance_uid.encode("ascii", "replace"))
+    body += _element(0x10, b"UI", incoming.transfer_syntax_uid.encode("ascii", "replace"))
+    body += _element(0x12, b"UI", IMPLEMENTATION_CLASS_UID.encode())
+    body += _element(0x13, b"SH", IMPLEMENTATION_VERSION_NAME.encode())
+    return bytes(128) + b"DICM" + _element(0, b"UL", struct.pack("<I", len(body))) + body
+
+
+def _element(number: int, vr: bytes, value: bytes) -> bytes:
+    if len(value) % 2:
+        value += b" " if vr == b"SH" else b"\0"
+    length = struct.pack("<HI", 0, len(value)) if vr == b"OB" else struct.pack("<H", len(value))
+    return struct.pack("<HH2s", 2, number, vr) + length + value
+
+
+def _understand(incoming: Incoming, half: HalfFile) -> tuple[Header, str]:
+    """The object's header and the SHA-256 of its data set, so that the same object by DIMSE and by STOW compares equal."""
+    if len(incoming.chunks) == 1:
+        return _check(incoming, incoming.chunks[0], incoming.part10)
+    # Many pieces are looked at in the file just written: no second copy in memory, however large the object is.
+    with mmap(half.handle, 0, access=ACCESS_READ) as content, memoryview(content) as view:
+        start = 0 if incoming.part10 else os.fstat(half.handle).st_size - sum(len(chunk) for chunk in incoming.chunks)
+        return _check(incoming, view[start:], incoming.part10)
+
+
+def _check(incoming: Incoming, content: Bytes, part10: bool) -> tuple[Header, str]:
+    header = read_header(content, part10, incoming.transfer_syntax_uid)
+    for keyword, announced in (("SOPInstanceUID", incoming.sop_instance_uid), ("SOPClassUID", incoming.sop_class_uid)):
+        if announced != header.uid(keyword) and (announced or not part10):
+            raise SopMismatch(reason=f"{keyword} is not the one announced")
+    return header, _sha256([memoryview(content)[header.data_offset :]])
+
+
+def _sha256(chunks: Sequence[Bytes]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _keep_connections_apart(store: InstanceStore) -> None:
+    """A forked process must not speak on its parent's database connections, nor wait for its parent's threads."""
+    reference = weakref.ref(store)
+
+    def in_child() -> None:
+        kept = reference()
+        if kept is not None:
+            kept._forget_parent()
+
+    os.register_at_fork(after_in_child=in_child)
