@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
-from caregrid.store import views
+from caregrid.store import views_operations
 
 pytestmark = pytest.mark.browser
 
@@ -16,7 +16,7 @@ def test_resends_a_parked_delivery(open_page, site, javascript):
     page.get_by_role("link", name="parked deliveries").click()
     page.get_by_role("link", name="archive").click()
     expect(page.get_by_text("Resend all 4")).to_be_visible()
-    first = views.parked_ids(site.engine, "archive")[0]
+    first = views_operations.parked_ids(site.engine, "archive")[0]
     page.get_by_role("button", name=f"Resend delivery {first}", exact=True).click()
     page.get_by_role("link", name="Say why. It is kept in the audit log").click()
     page.get_by_label("Why are they sent again?").fill("The archive is back")

@@ -9,7 +9,7 @@ from fastapi.responses import HTMLResponse, Response
 
 from caregrid.domain.roles import ROLES
 from caregrid.errors import NotFound, UserInvalid
-from caregrid.store import users, views
+from caregrid.store import users, views_operations
 from caregrid.store.users import Session
 from caregrid.web import security
 from caregrid.web._page import PageNumber, Parts, Posted, Requires, Web, Words, go, render
@@ -26,21 +26,21 @@ def audit(
 ) -> HTMLResponse:
     """The audit log, and whether its chain holds."""
     asked = {"subject": subject.strip(), "who": who.strip(), "what": what.strip()}
-    found = views.audit_records(web.engine, asked["subject"], asked["who"], asked["what"], page)
-    checked = views.audit_chain(web.engine) if request.query_params.get("verify") else None
+    found = views_operations.audit_records(web.engine, asked["subject"], asked["who"], asked["what"], page)
+    checked = views_operations.audit_chain(web.engine) if request.query_params.get("verify") else None
     return render(request, "audit.html", session, page=found, asked=asked, chain=checked)
 
 
 @router.get("/governance/access")
 def access(request: Request, web: Parts, session: ToAudit, who: Words = "", page: PageNumber = 1) -> HTMLResponse:
     """Who signed in and who looked at which study."""
-    return render(request, "access.html", session, page=views.access(web.engine, who.strip(), page), who=who.strip())
+    return render(request, "access.html", session, page=views_operations.access(web.engine, who.strip(), page), who=who.strip())
 
 
 @router.get("/admin/users")
 def all_users(request: Request, web: Parts, session: ToUsers) -> HTMLResponse:
     """Every user."""
-    return render(request, "users.html", session, rows=views.users(web.engine))
+    return render(request, "users.html", session, rows=views_operations.users(web.engine))
 
 
 @router.get("/admin/users/new")
@@ -119,7 +119,7 @@ def _user_page(
     verb: str = "",
     errors: dict[str, str] | None = None,
 ) -> HTMLResponse:
-    row = next((one for one in views.users(web.engine) if one["name"] == name), None)
+    row = next((one for one in views_operations.users(web.engine) if one["name"] == name), None)
     if row is None:
         raise NotFound(thing="user", key=name)
     return render(request, "user.html", session, status, row=row, verb=verb, errors=errors or {}, all_roles=ROLES)

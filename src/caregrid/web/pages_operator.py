@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, Response
 from caregrid.domain.roles import check_may
 from caregrid.domain.states import RUN, STUDY
 from caregrid.errors import CaregridError, NotFound
-from caregrid.store import users, views
+from caregrid.store import users, views, views_operations
 from caregrid.store.users import Session
 from caregrid.store.views import Filter, Row
 from caregrid.web import security
@@ -29,7 +29,7 @@ NO_REASON = {"reason": "Say why. It is kept in the audit log"}
 @router.get("")
 def dashboard(request: Request, web: Parts, session: ToOperations) -> HTMLResponse:
     """How the site is doing now."""
-    counts = views.dashboard(web.engine, web.settings.engine.dead_after_seconds)
+    counts = views_operations.dashboard(web.engine, web.settings.engine.dead_after_seconds)
     return render(request, "operations.html", session, counts=counts)
 
 
@@ -46,7 +46,7 @@ def studies(
 ) -> HTMLResponse:
     """Every study received."""
     asked = Filter(state=state, modality=modality, search=search.strip(), source=source.strip())
-    found = views.studies(web.engine, asked, page)
+    found = views_operations.studies(web.engine, asked, page)
     context: Row = {"page": found, "asked": asked, "modalities": views.modalities(web.engine), "states": list(STUDY)}
     return render(request, "studies.html", session, **context)
 
@@ -64,8 +64,8 @@ def runs(
     request: Request, web: Parts, session: ToOperations, state: Words = "", workflow: Words = "", page: PageNumber = 1
 ) -> HTMLResponse:
     """Runs, those that need a person first."""
-    found = views.runs(web.engine, state, workflow, page)
-    names = [row["name"] for row in views.workflows(web.engine)]
+    found = views_operations.runs(web.engine, state, workflow, page)
+    names = [row["name"] for row in views_operations.workflows(web.engine)]
     asked = {"state": state, "workflow": workflow}
     return render(request, "runs.html", session, page=found, asked=asked, states=list(RUN), workflow_names=names)
 
@@ -86,7 +86,7 @@ def change_run(request: Request, web: Parts, session: SignedIn, form: Posted, ru
     reason = security.text(form, "reason")
     if not reason:
         return _run_page(request, web, session, run_id, status=422, refused={"verb": verb, "errors": NO_REASON})
-    views.one_run(web.engine, run_id)
+    views_operations.one_run(web.engine, run_id)
     kinds[verb](run_id, session.user, reason)
     return go(f"/operations/runs/{run_id}", done=verb)
 
@@ -94,7 +94,7 @@ def change_run(request: Request, web: Parts, session: SignedIn, form: Posted, ru
 def _run_page(
     request: Request, web: Web, session: Session, run_id: str, status: int = 200, refused: Row | None = None
 ) -> HTMLResponse:
-    row = views.one_run(web.engine, run_id)
+    row = views_operations.one_run(web.engine, run_id)
     told = views.story(web.engine, row["study_instance_uid"])
     shown = next(one for one in told.runs if one["id"] == run_id)
     can = {"retry": row["state"] in RETRYABLE, "cancel": "cancelled" in RUN.get(row["state"], ())}
@@ -106,7 +106,7 @@ def _run_page(
 def destinations(request: Request, web: Parts, session: ToOperations) -> HTMLResponse:
     """Where results go, and how that goes."""
     configured = {one.name: one for one in web.settings.destinations}
-    rows = views.destinations(web.engine, configured)
+    rows = views_operations.destinations(web.engine, configured)
     return render(request, "destinations.html", session, rows=rows, configured=configured)
 
 
@@ -123,7 +123,7 @@ def resend(request: Request, web: Parts, session: SignedIn, form: Posted, name: 
     reason, one = security.text(form, "reason"), security.text(form, "one")
     if not reason:
         return _destination_page(request, web, session, name, status=422, errors=NO_REASON)
-    ids = views.parked_ids(web.engine, name)
+    ids = views_operations.parked_ids(web.engine, name)
     chosen = [key for key in ids if not one or str(key) == one]
     if not chosen:
         raise NotFound(thing="parked delivery", key=one or name)
@@ -154,24 +154,23 @@ def _configured(web: Web, name: str) -> Any:
 def _destination_page(
     request: Request, web: Web, session: Session, name: str, number: int = 1, status: int = 200, **context: Any
 ) -> HTMLResponse:
-    row = next(
-        (one for one in views.destinations(web.engine, [one.name for one in web.settings.destinations]) if one["name"] == name),
-        None,
-    )
+    rows = views_operations.destinations(web.engine, [one.name for one in web.settings.destinations])
+    row = next((one for one in rows if one["name"] == name), None)
     if row is None:
         raise NotFound(thing="destination", key=name)
     setting = next((one for one in web.settings.destinations if one.name == name), None)
     context = {"errors": {}, "answer": None, **context}
-    found = views.parked(web.engine, name, number)
+    found = views_operations.parked(web.engine, name, number)
     return render(request, "destination.html", session, status, row=row, setting=setting, page=found, **context)
 
 
 @router.get("/rejections")
 def rejections(request: Request, web: Parts, session: ToOperations, page: PageNumber = 1) -> HTMLResponse:
     """Who was turned away, what they wanted, and why."""
-    allowed = views.allowed_senders(web.engine)
+    allowed = views_operations.allowed_senders(web.engine)
     known = {(row["calling_ae"], row["address"]) for row in allowed}
-    return render(request, "rejections.html", session, page=views.rejections(web.engine, page), allowed=allowed, known=known)
+    found = views_operations.rejections(web.engine, page)
+    return render(request, "rejections.html", session, page=found, allowed=allowed, known=known)
 
 
 @router.get("/rejections/allow")
@@ -210,13 +209,13 @@ def check_sender(values: dict[str, str]) -> dict[str, str]:
 @router.get("/quarantine")
 def quarantine(request: Request, web: Parts, session: ToOperations, page: PageNumber = 1) -> HTMLResponse:
     """Objects that could not be taken in."""
-    return render(request, "quarantine.html", session, page=views.quarantined(web.engine, page))
+    return render(request, "quarantine.html", session, page=views_operations.quarantined(web.engine, page))
 
 
 @router.get("/held")
 def held(request: Request, web: Parts, session: ToOperations, page: PageNumber = 1) -> HTMLResponse:
     """Studies that wait for an operator's word."""
-    return render(request, "held.html", session, page=views.held(web.engine, page))
+    return render(request, "held.html", session, page=views_operations.held(web.engine, page))
 
 
 @router.get("/held/{uid}")
@@ -246,20 +245,20 @@ def release(request: Request, web: Parts, session: SignedIn, form: Posted, uid: 
 @router.get("/workflows")
 def workflows(request: Request, web: Parts, session: ToOperations) -> HTMLResponse:
     """Workflows in force and how often each applied."""
-    return render(request, "workflows.html", session, rows=views.workflows(web.engine))
+    return render(request, "workflows.html", session, rows=views_operations.workflows(web.engine))
 
 
 @router.get("/models")
 def models(request: Request, web: Parts, session: ToOperations) -> HTMLResponse:
     """Model packages and their signatures."""
-    return render(request, "models.html", session, rows=views.models(web.engine))
+    return render(request, "models.html", session, rows=views_operations.models(web.engine))
 
 
 @router.get("/models/{digest}")
 def model(request: Request, web: Parts, session: SignedIn, digest: str) -> HTMLResponse:
     """One model package: manifest, signature, model card. Clinicians come here from a study."""
     check_may(session.roles, "see worklist")
-    row = views.one_model(web.engine, digest)
+    row = views_operations.one_model(web.engine, digest)
     return render(request, "model.html", session, row=row, manifest=row["manifest"], card=model_card(web, row))
 
 
@@ -275,4 +274,4 @@ def model_card(web: Web, row: Row) -> str:
 @router.get("/notifications")
 def notifications(request: Request, web: Parts, session: ToOperations, page: PageNumber = 1) -> HTMLResponse:
     """What people and systems were told."""
-    return render(request, "notifications.html", session, page=views.notifications(web.engine, page))
+    return render(request, "notifications.html", session, page=views_operations.notifications(web.engine, page))

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from caregrid.store import views
+from caregrid.store import views_operations
 from caregrid.web._page import Parts
 
 router = APIRouter()
@@ -16,7 +16,7 @@ router = APIRouter()
 def health(web: Parts) -> JSONResponse:
     """200 while the database answers, 503 otherwise."""
     try:
-        views.alive(web.engine)
+        views_operations.alive(web.engine)
     except sa.exc.SQLAlchemyError:
         return JSONResponse({"ok": False, "reason": "the database does not answer"}, status_code=503)
     return JSONResponse({"ok": True})
@@ -26,7 +26,7 @@ def health(web: Parts) -> JSONResponse:
 def metrics(web: Parts) -> PlainTextResponse:
     """Gauges computed from the database, so that they hold whichever process answers and survive restarts."""
     lines: list[str] = []
-    for name, labels, value in views.gauges(web.engine, web.settings.engine.dead_after_seconds):
+    for name, labels, value in views_operations.gauges(web.engine, web.settings.engine.dead_after_seconds):
         header = f"# TYPE caregrid_{name} gauge"
         if header not in lines:
             lines.append(header)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from caregrid.store import views
+from caregrid.store import views_operations
 from caregrid.store.database import reading, writing
 from caregrid.store.tables import audit, delivery, run, study
 from tests.support.site_factory import digest
@@ -45,13 +45,13 @@ def test_unknown_verbs_and_runs_are_not_found(signed_in):
 def test_parked_deliveries_are_resent_one_or_all(signed_in, site):
     oliver = signed_in("oliver")
     page = "/operations/destinations/archive"
-    first, *rest = views.parked_ids(site.engine, "archive")
+    first, *rest = views_operations.parked_ids(site.engine, "archive")
     assert post(oliver, f"{page}/resend", page, one=str(first), reason="").status_code == 422
     assert post(oliver, f"{page}/resend", page, one=str(first), reason="archive is back").status_code == 303
-    assert views.parked_ids(site.engine, "archive") == rest
+    assert views_operations.parked_ids(site.engine, "archive") == rest
     assert post(oliver, f"{page}/resend", page, one=str(first), reason="again").status_code == 404
     assert post(oliver, f"{page}/resend", page, reason="the rest").status_code == 303
-    assert views.parked_ids(site.engine, "archive") == []
+    assert views_operations.parked_ids(site.engine, "archive") == []
     assert "parked" not in state_of(site, delivery, delivery.c.destination == "archive")
 
 

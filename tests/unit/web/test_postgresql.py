@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from starlette.testclient import TestClient
 
-from caregrid.store import tables, users, views
+from caregrid.store import tables, users, views, views_operations
 from caregrid.store.database import create_all, open_engine, reading, writing
 from caregrid.web.app import create_app
 from tests.support.postgres import new_database
@@ -48,5 +48,7 @@ def test_lists_come_in_the_same_order(on_postgresql, site):
         asked = views.Filter(state=state)
         here, there = views.worklist(site.engine, asked), views.worklist(on_postgresql.engine, asked)
         assert [row["study_instance_uid"] for row in here.items] == [row["study_instance_uid"] for row in there.items]
-    assert [row["id"] for row in views.runs(site.engine).items] == [row["id"] for row in views.runs(on_postgresql.engine).items]
-    assert views.destinations(site.engine, ["pacs"]) == views.destinations(on_postgresql.engine, ["pacs"])
+    assert [row["id"] for row in views_operations.runs(site.engine).items] == [
+        row["id"] for row in views_operations.runs(on_postgresql.engine).items
+    ]
+    assert views_operations.destinations(site.engine, ["pacs"]) == views_operations.destinations(on_postgresql.engine, ["pacs"])

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from caregrid.store import views
+from caregrid.store import views, views_operations
 from caregrid.store.database import writing
 from caregrid.store.tables import delivery, finding, review, run, study
 from caregrid.store.views import Filter
@@ -55,20 +55,20 @@ def test_pages_hold_every_study_once(site):
     for number in range(60):
         add_study(site, f"more-{number}", "More^Patients", "done", "done", "routine", "accepted", 100 + number, pixels=False)
     seen = []
-    first = views.studies(site.engine, Filter())
+    first = views_operations.studies(site.engine, Filter())
     for number in range(1, first.pages + 1):
-        seen += keys(site, views.studies(site.engine, Filter(), number))
+        seen += keys(site, views_operations.studies(site.engine, Filter(), number))
     assert sorted(seen) == sorted(site.uids)
-    assert views.studies(site.engine, Filter(), 999).number == first.pages
+    assert views_operations.studies(site.engine, Filter(), 999).number == first.pages
 
 
 def test_counts_of_the_dashboard_are_the_rows(site):
-    counts = views.dashboard(site.engine, 10.0)
+    counts = views_operations.dashboard(site.engine, 10.0)
     assert counts["queue"][("running", "emergency")] == 1
     assert counts["deliveries"] == {"parked": 4, "delivered": 8}
     assert counts["studies"]["held"] == 1
     assert counts["oldest"]["id"] == "run-running"
-    assert [row["n"] for row in views.workflows(site.engine)[0]["reasons"]] == [12, 1]
+    assert [row["n"] for row in views_operations.workflows(site.engine)[0]["reasons"]] == [12, 1]
 
 
 def fill(site, count: int) -> None:
