@@ -266,9 +266,8 @@ def one_round(receivers: list[Receiver], folder: Path, plan: dict[tuple[int, str
             figures.values[f"per_s_{key}"].append(count / used.seconds)
             figures.values[f"cpu_ms_{key}"].append(used.cpu / count * 1000)
             figures.values[f"rss_mb_{key}"].append(used.rss / (1 << 20))
-            print(
-                f"round {number + 1}  {key:<18} {count / used.seconds:7.1f}/s  {used.cpu / count * 1000:6.2f} ms  {used.rss >> 20} MB"
-            )
+            print(f"round {number + 1}  {key:<18} {count / used.seconds:7.1f}/s", end="")
+            print(f"  {used.cpu / count * 1000:6.2f} ms  {used.rss >> 20:4} MB")
         shutil.rmtree(corpus)
 
 

@@ -27,7 +27,7 @@ from caregrid.store._header import Bytes, Header, read_header
 from caregrid.store._index import Entry, Index
 from caregrid.store._journal import Journal, Label, leftovers, whole
 from caregrid.store.database import writing
-from caregrid.store.files import HalfFile, free_bytes, make_folder, sweep, sync_file_system
+from caregrid.store.files import Buffer, HalfFile, free_bytes, make_folder, sweep, sync_file_system
 from caregrid.store.tables import now, quarantine, rejection
 
 IMPLEMENTATION_CLASS_UID = "2.25.300180474285829414929262398764329170981"
@@ -78,7 +78,7 @@ class InstanceStore:
         self._recover()
         return sweep(self.folder / "tmp")
 
-    def _keep(self, source: Source, header: Header, sha256: str, half: HalfFile, pieces: Sequence[Bytes]) -> Receipt:
+    def _keep(self, source: Source, header: Header, sha256: str, half: HalfFile, pieces: Sequence[Buffer]) -> Receipt:
         uid = header.uid("SOPInstanceUID")
         relative = f"instances/{sha256[:2]}/{uid}-{sha256[:16]}.dcm"
         receipt = (header.uid("SOPClassUID"), uid, header.uid("StudyInstanceUID"))
@@ -98,7 +98,7 @@ class InstanceStore:
         return Receipt(status, *receipt)
 
     @contextmanager
-    def _promised(self, entry: Entry, offset: int, half: HalfFile, pieces: Sequence[Bytes]) -> Iterator[bool]:
+    def _promised(self, entry: Entry, offset: int, half: HalfFile, pieces: Sequence[Buffer]) -> Iterator[bool]:
         """Have the bytes on the disk: in the journal (True), or in the file itself, whose folder and rows must be synced too."""
         journal = self._journal or self._start_journal()
         segment = None
