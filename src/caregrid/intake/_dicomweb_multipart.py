@@ -77,6 +77,7 @@ class Part:
     def chunks(self) -> list[bytes | bytearray | memoryview]:
         """The content in order; valid until ``close``."""
         if self._file is None:
+            self._pieces = [b"".join(self._pieces)]
             return list(self._pieces)
         self._map = self._map or mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         return [memoryview(self._map)]

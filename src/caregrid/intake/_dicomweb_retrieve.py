@@ -52,20 +52,19 @@ def objects(kept: Sequence[Kept], folder: Path, ranges: Sequence[Acceptable]) ->
     A range without a transfer syntax takes what is stored: nothing is decoded that the client did not ask to have decoded.
     """
     choices = [_choose(each, ranges) for each in kept]
+    try:
+        first = _object(folder, kept[0], choices[0])
+    except PixelsUndecodable as error:
+        raise _NotAcceptable(error.message) from None
     if not any(each.multipart and each.takes(DICOM) for each in ranges):
-        return _single_object(kept, folder, choices)
+        if len(kept) != 1:
+            raise _NotAcceptable("Several objects are only sent as multipart/related")
+        return StreamingResponse(first, media_type=f"{DICOM}; transfer-syntax={choices[0]}")
     parts = (
-        (f"{DICOM}; transfer-syntax={syntax}", "", _object(folder / each.path, each.transfer_syntax_uid, syntax))
-        for each, syntax in zip(kept, choices, strict=True)
+        (f"{DICOM}; transfer-syntax={syntax}", "", _object(folder, each, syntax) if number else first)
+        for number, (each, syntax) in enumerate(zip(kept, choices, strict=True))
     )
     return _multipart(DICOM, parts)
-
-
-def _single_object(kept: Sequence[Kept], folder: Path, choices: Sequence[str]) -> Response:
-    if len(kept) != 1:
-        raise _NotAcceptable("Several objects are only sent as multipart/related")
-    content = _object(folder / kept[0].path, kept[0].transfer_syntax_uid, choices[0])
-    return StreamingResponse(content, media_type=f"{DICOM}; transfer-syntax={choices[0]}")
 
 
 def _choose(kept: Kept, ranges: Sequence[Acceptable]) -> str:
@@ -93,12 +92,15 @@ def _convertible(syntax: UID) -> bool:
     return True
 
 
-def _object(path: Path, stored: str, wanted: str) -> Iterator[bytes]:
-    if stored == wanted:
-        with path.open("rb") as file:
-            yield from _blocks(file)
-    else:
-        yield from _blocks(_explicit(path))
+def _object(folder: Path, kept: Kept, wanted: str) -> Iterator[bytes]:
+    """The bytes of an object in a transfer syntax. Raises PixelsUndecodable, before the first byte is asked for."""
+    path = folder / kept.path
+    return _file(path) if wanted == kept.transfer_syntax_uid else _blocks(_explicit(path))
+
+
+def _file(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from _blocks(file)
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
@@ -107,17 +109,19 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _explicit(path: Path) -> IO[bytes]:
-    """The object rewritten as Explicit VR Little Endian under the same UIDs.
-
-    Raises when its pixels turn out broken: the body then ends early, which every client sees.
-    """
+    """The object rewritten as Explicit VR Little Endian under the same UIDs. Raises PixelsUndecodable."""
     dataset = pydicom.dcmread(path)
-    if dataset.file_meta.TransferSyntaxUID in _PLAIN:
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    else:
-        dataset.decompress(as_rgb=False, generate_instance_uid=False)
+    syntax = dataset.file_meta.TransferSyntaxUID
     rewritten = io.BytesIO()
-    dataset.save_as(rewritten, enforce_file_format=True, implicit_vr=False, little_endian=True)
+    try:
+        if syntax in _PLAIN:
+            dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        else:
+            dataset.decompress(as_rgb=False, generate_instance_uid=False)
+        dataset.save_as(rewritten, enforce_file_format=True, implicit_vr=False, little_endian=True)
+    except Exception as error:
+        # Decoders are C libraries behind plug-ins, and the data set was never checked element by element.
+        raise PixelsUndecodable(transfer_syntax=syntax, reason="the object cannot be rewritten") from error
     rewritten.seek(0)
     return rewritten
 

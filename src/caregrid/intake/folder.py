@@ -31,8 +31,6 @@ REFUSED = "refused"
 #: What programs call a file they are still writing, lower case.
 _UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart")
 
-_BLOCK = 8 << 20
-
 #: How long a file that could not be taken is left alone before the next try.
 _RETRY_SECONDS = 10.0
 
@@ -135,8 +133,7 @@ class FolderDoor:
         with os.fdopen(handle, "rb") as file:
             look = _looks(os.fstat(file.fileno()))
             # Read, not mapped: a writer that cuts a mapped file short would end this process.
-            blocks = list(iter(lambda: file.read(_BLOCK), b""))
-            self._receive(Incoming(source=self._source(path), chunks=blocks, part10=True))
+            self._receive(Incoming(source=self._source(path), chunks=[file.read()], part10=True))
         return look
 
     def _source(self, path: Path) -> Source:
