@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from caregrid.errors import CaregridError
+from caregrid.errors import CaregridError, WorkflowInvalid
 
 if TYPE_CHECKING:
     from caregrid.site import Site
@@ -508,12 +508,20 @@ def demo(
     run_demo(output, keep=keep)
 
 
+def _told(error: CaregridError) -> list[str]:
+    """One line, or one per problem of a workflow file."""
+    if isinstance(error, WorkflowInvalid) and len(error.problems) > 1:
+        return [f"{error.details.get('file')}:{line}: {reason}" for line, reason in error.problems]
+    return [error.message]
+
+
 def main() -> None:
     """Entry point: a named error becomes one line and its own exit code."""
     try:
         app()
     except CaregridError as error:
-        typer.echo(f"{type(error).__name__}: {error.message}", err=True)
+        for line in _told(error):
+            typer.echo(f"{type(error).__name__}: {line}", err=True)
         raise SystemExit(error.exit_code) from None
 
 

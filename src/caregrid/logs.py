@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+import pydicom
+import pydicom.config
 import structlog
 
 
@@ -19,7 +21,8 @@ def set_up(level: int = logging.INFO) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
-    # Libraries that quote values in their messages (pydicom names elements with their content) are kept quiet.
+    # pydicom's warnings quote the values they complain of: neither its logger nor its warnings may reach a log.
     logging.captureWarnings(True)
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     for noisy in ("py.warnings", "pydicom", "pynetdicom", "highdicom", "dbos"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)

@@ -39,6 +39,7 @@ from caregrid.engine.withdraw import Withdrawal
 from caregrid.errors import NotFound
 from caregrid.plugs import load
 from caregrid.registry.registry import Registry
+from caregrid.results import warm_up
 from caregrid.runtime.runtime import Runtime
 from caregrid.store.database import open_engine, writing
 from caregrid.store.instances import InstanceStore, record_rejection
@@ -173,7 +174,8 @@ class Site:
         name = f"worker-{socket.gethostname()}-{os.getpid()}"
         settings = self.settings.engine
         with self._beating("worker", name):
-            runtime = Runtime(self.settings.data / "scratch" / name, self.settings.sandbox)
+            runtime = self.runtime()
+            warm_up()
             worker = Worker(self.engine, self.flow(runtime), name, settings.slots, settings.poll_seconds)
             worker.start()
             wait_for_stop()
@@ -192,6 +194,10 @@ class Site:
             heart.stop()
 
     # what they are made of ------------------------------------------------------------------------------------------
+
+    def runtime(self) -> Runtime:
+        """What runs algorithms; hands files over on the store's own disk."""
+        return Runtime(self.settings.data / "scratch", self.settings.sandbox, self.settings.data / "environments")
 
     def flow(self, runtime: Runtime) -> RunFlow:
         """The flow that carries out runs."""
@@ -250,13 +256,14 @@ class Site:
         return create_app(self.engine, self.folder, self.settings, self.actions(), extra=self._add_dicomweb)
 
     def _add_dicomweb(self, app: FastAPI) -> None:
-        from caregrid.web.auth import dicomweb_authoriser
+        from caregrid.web.auth import authorise_dicomweb
         from caregrid.web.viewer import mount
 
         if not self.settings.web.dicomweb:
             return
-        authorise = dicomweb_authoriser(self.engine, self.settings.web)
-        door = load("intake", "dicomweb").router(self.engine, self.store, self.store.receive, self.settings.web, authorise)
+        door = load("intake", "dicomweb").router(
+            self.engine, self.store, self.store.receive, self.settings.web, authorise_dicomweb
+        )
         app.include_router(door, prefix="/dicom-web")
         mount(app, "/viewer", "/dicom-web")
 

@@ -43,7 +43,7 @@ STUDIES = {
     "examples_palette.dcm": "ultrasound still",
 }
 ENDED = ("done", "failed", "no-workflow", "awaiting-review", "cancelled", "held")
-PASSWORDS = {"clinician": "demo-clinician-1", "operator": "demo-operator-1"}
+PASSWORDS = {"clinician": "reads-with-care-24", "operator": "keeps-it-moving-24"}
 
 SETTINGS = """\
 [site]

@@ -56,13 +56,15 @@ class KeptResults:
         """The kept findings; None when the algorithm has not finished there yet."""
         return read_findings(folder / "findings", manifest) if (folder / "findings").is_dir() else None
 
-    def keep_findings(self, folder: Path, findings: Findings) -> None:
-        """Keep the findings whole or not at all."""
+    def keep_findings(self, folder: Path, findings: Findings, objects: Sequence[Path] = ()) -> None:
+        """Keep the findings whole or not at all. objects: DICOM files that the algorithm made itself (runner map)."""
         folder.mkdir(parents=True, exist_ok=True)
         half = folder / "findings.part"
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir()
         write_findings(findings, half)
+        for number, path in enumerate(objects):
+            shutil.copyfile(path, half / f"object-{number}.dcm")
         for file in half.iterdir():
             _sync(file)
         half.rename(folder / "findings")
@@ -70,7 +72,16 @@ class KeptResults:
 
     def write(self, folder: Path, context: ResultContext, findings: Findings, formats: Sequence[str]) -> list[MadeResult]:
         """Write and validate the DICOM objects of a task; an object that is there already is left as it is."""
+        own = [self._own_object(folder, path) for path in sorted((folder / "findings").glob("object-*.dcm"))]
+        if own:
+            return own
         return [self.keep(folder, kind, dataset) for kind, dataset in write_results(context, findings, formats)]
+
+    def _own_object(self, folder: Path, path: Path) -> MadeResult:
+        """An object that the algorithm made itself: judged like ours, and delivered as it is."""
+        dataset = pydicom.dcmread(path)
+        kind = {"SEG": "dicom_seg", "SR": "dicom_sr", "KO": "dicom_kos"}.get(str(dataset.Modality), "dicom_sc")
+        return self.keep(folder, kind, dataset)
 
     def write_verified(self, folder: Path, context: ResultContext, findings: Findings) -> MadeResult:
         """The SR with the reviewer's verification."""

@@ -26,11 +26,11 @@ from caregrid.errors import NoSuitableInput, ResultInvalid, WorkflowError
 from caregrid.registry.registry import Registry
 from caregrid.results import ResultContext, Reviewer, tracking_uid
 from caregrid.runtime.exchange import finding_as_json
-from caregrid.runtime.runtime import Runtime
+from caregrid.runtime.runtime import Answer, Runtime
 from caregrid.store import audit
 from caregrid.store.database import reading
 from caregrid.store.studies import load_study
-from caregrid.store.tables import finding, notification, now, result, review
+from caregrid.store.tables import finding, notification, now, result, review, run
 
 log = structlog.get_logger()
 
@@ -111,8 +111,10 @@ class Tasks:
         folder = self.kept.folder(job.run["id"], job.task.id)
         findings, seconds = self.kept.findings(folder, manifest), None
         if findings is None:
-            findings, seconds = self._compute(job, manifest, package)
-            self.kept.keep_findings(folder, findings)
+            answer = self._compute(job, manifest, package)
+            findings, seconds = answer.findings, answer.algorithm_seconds
+            self.kept.keep_findings(folder, findings, answer.files)
+            self.runtime.forget(answer)
         context = self._context(job, manifest, findings)
         made = self.kept.write(folder, context, findings, RESULT_FORMATS)
         bad = [each for each in made if each.errors]
@@ -126,13 +128,11 @@ class Tasks:
             algorithm_seconds=seconds,
         )
 
-    def _compute(self, job: Job, manifest: Manifest, package: Path) -> tuple[Findings, float]:
+    def _compute(self, job: Job, manifest: Manifest, package: Path) -> Answer:
         files, extra = self._input(job)
-        parameters = manifest.parameters | dict(job.task.options.get("parameters", {})) | extra
-        timeout = min(job.task.timeout_seconds, float(manifest.timeout_seconds))
-        begun = time.monotonic()
-        findings = self.runtime.run(manifest, package, files, parameters, timeout)
-        return findings, time.monotonic() - begun
+        parameters = dict(job.task.options.get("parameters", {})) | extra
+        wanted = StillWanted(self.engine, job.run["id"])
+        return self.runtime.answer(manifest, package, files, parameters, job.task.timeout_seconds, stop=lambda: not wanted())
 
     def _context(self, job: Job, manifest: Manifest, findings: Findings, reviewer: Reviewer | None = None) -> ResultContext:
         used = set(findings.used_instances)
@@ -334,6 +334,22 @@ class Tasks:
             )
 
         return Done({"state": state}, write=write, reason=f"{channel}: {state}")
+
+
+class StillWanted:
+    """Whether a run is still to be carried out; asks the database at most once a second."""
+
+    def __init__(self, engine: sa.Engine, run_id: str) -> None:
+        self.engine, self.run_id = engine, run_id
+        self._asked, self._answer = time.monotonic(), True
+
+    def __call__(self) -> bool:
+        """False once the run was cancelled."""
+        if self._answer and time.monotonic() - self._asked >= 1.0:
+            self._asked = time.monotonic()
+            with reading(self.engine) as connection:
+                self._answer = connection.scalar(sa.select(run.c.state).where(run.c.id == self.run_id)) == "running"
+        return self._answer
 
 
 def record_result(connection: sa.Connection, run_row: Mapping[str, Any], task_id: str, made: MadeResult) -> None:
