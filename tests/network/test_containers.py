@@ -214,6 +214,20 @@ def test_an_image_that_is_not_here_is_not_pulled(package: Any, runtime: Runtime,
         runtime.run(read_manifest(folder), folder, {SERIES: [CT]})
 
 
+def test_containers_of_a_killed_site_are_removed(image: Any, tmp_path: Path) -> None:
+    tag = image(shell("sleep 100"), ENTRY)
+    for mark, home in (("caregrid-mine-", "dead"), ("caregrid-mine-", "alive"), ("caregrid-other-", "dead")):
+        _podman.call("create", "--pull", "never", "--label", f"{_podman.LABEL}={mark}{home}", *_podman._ulimits(), tag)
+    try:
+        _podman.sweep("caregrid-mine-", {"alive"})
+        labels = _podman.call("ps", "--all", "--filter", f"label={_podman.LABEL}", "--format", "{{.Labels}}")
+        assert "mine-alive" in labels
+        assert "other-dead" in labels
+        assert "mine-dead" not in labels
+    finally:
+        _podman.call("rm", "--force", "--time", "0", *containers_left())
+
+
 APP = {
     "command": '["/bin/sh", "/opt/holoscan/app/run.sh"]',
     "input": {"path": "input"},

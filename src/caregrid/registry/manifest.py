@@ -145,8 +145,10 @@ def _plain(where: str, value: Any, depth: int = 0) -> Any:
     """The value unchanged when JSON can keep it (TOML's dates, inf and nan it cannot)."""
     if depth > 20:
         raise _invalid(where, "is nested too deep")
+    if isinstance(value, str) and not _sayable(value):
+        raise _invalid(where, "must not hold control characters")
     if isinstance(value, dict):
-        return {key: _plain(f"{where}.{key}", item, depth + 1) for key, item in value.items()}
+        return {_plain(where, key): _plain(f"{where}.{key}", item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(where, item, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -226,7 +228,7 @@ class _Table:
             raise _invalid(self.path(key), "is missing")
         if not isinstance(value, str) or not (value.strip() or value == default) or len(value) > 10_000:
             raise _invalid(self.path(key), "must be text that is not empty")
-        if any((ord(letter) < 32 and letter not in "\n\t") or 0xD800 <= ord(letter) < 0xE000 for letter in value):
+        if not _sayable(value):
             raise _invalid(self.path(key), "must not hold control characters")
         if pattern and not pattern.match(value):
             raise _invalid(self.path(key), f"must be {says}")
@@ -285,6 +287,11 @@ class _Table:
         for key in self.raw:
             if key not in self.asked:
                 raise _invalid(self.path(key), f"is not a known key{_hint(key, self.asked)}")
+
+
+def _sayable(text: str) -> bool:
+    """Whether every database and log can keep the text: no control characters but line ends and tabs, no lone surrogates."""
+    return not any((ord(letter) < 32 and letter not in "\n\t") or 0xD800 <= ord(letter) < 0xE000 for letter in text)
 
 
 def _code_part(part: Any) -> bool:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def _mounts() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _usable(base: Bases) -> bool:
-    name = f"caregrid-probe-{os.getpid()}"
+    name = f"caregrid-probe-{uuid.uuid4().hex[:12]}"
     if base.version == 2:
         with contextlib.suppress(OSError):
             _write(base.memory / "cgroup.subtree_control", "+memory +pids")

@@ -22,8 +22,11 @@ class Home:
         self.id = uuid.uuid4().hex[:12]
         self.folder = scratch / self.id
         self.folder.mkdir(parents=True, mode=0o700)
-        self._lock = os.open(scratch / f"{self.id}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Locked before it has its name: another process that starts now must not find it unlocked and sweep us away.
+        unnamed = scratch / f"{self.id}.new"
+        self._lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        unnamed.rename(scratch / f"{self.id}.lock")
         self.living = self._sweep()
 
     @property

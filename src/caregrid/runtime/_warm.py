@@ -152,7 +152,7 @@ class Worker:
             return self._error(AlgorithmFailed, reason=f"it wrote more than {OUTGOING_MB} MB")
         if end.how == "flood":
             return self._error(AlgorithmBroken, reason="it spoke out of turn")
-        if end.memory or b"MemoryError" in end.errors.rpartition(b"\n")[0].rpartition(b"\n")[2]:
+        if end.memory or b"MemoryError" in end.errors.rstrip().rpartition(b"\n")[2] or b"std::bad_alloc" in end.errors:
             return self._error(AlgorithmOutOfMemory, memory_mb=self.manifest.resources.memory_mb)
         reason = how_it_ended(end.status)
         if starting:
@@ -172,7 +172,7 @@ class Worker:
 class Workers:
     """The warm workers of a process, by model version. Safe to use from several threads: a worker is lent to one at a time."""
 
-    def __init__(self, home: Home, recycle_studies: int = 200, recycle_minutes: float = 60, idle: int = 4) -> None:
+    def __init__(self, home: Home, recycle_studies: int = 200, recycle_minutes: float = 60, idle: int = 8) -> None:
         self.home = home
         self.recycle_studies, self.recycle_minutes, self.idle = recycle_studies, recycle_minutes, idle
         self.started = 0

@@ -155,9 +155,9 @@ class Sandboxed:
     """A process in a cage, talked to in lines. Everything it started ends with it."""
 
     def __init__(self, cage: Cage, command: Sequence[str], starter: Starter) -> None:
+        whole = bubblewrap(cage, command)
         base = _cgroups.bases()
         self.group = _cgroups.Group(base, cage.name, cage.memory_mb, cage.processes) if base else None
-        whole = bubblewrap(cage, command)
         try:
             self.process = starter.start(self.group.joining(whole) if self.group else whole)
         except OSError:

@@ -69,7 +69,7 @@ def test_complaints_name_the_key(old: str, new: str, says: str) -> None:
     assert caught.value.message.startswith("algorithm.toml: ")
 
 
-@pytest.mark.parametrize("value", ["2024-01-01", "inf", "nan", "[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]"])
+@pytest.mark.parametrize("value", ["2024-01-01", "inf", "nan", '"\\u0000"', "[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]"])
 def test_parameters_that_json_cannot_keep(value: str) -> None:
     with pytest.raises(ManifestInvalid, match="parameters"):
         parse_manifest(f"{TEXT}\n[parameters]\nx = {value}\n")

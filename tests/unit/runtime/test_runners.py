@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -242,6 +244,19 @@ def test_another_process_of_the_site_is_left_alone(tmp_path: Path) -> None:
     Runtime(tmp_path / "scratch").close()
     assert first.answer(manifest, package, SERIES).worker == worker
     first.close()
+
+
+def test_many_processes_starting_at_once_do_not_sweep_each_other(tmp_path: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from caregrid.runtime._spool import Home
+homes = [Home(Path({str(tmp_path / "scratch")!r})) for _ in range(40)]
+time.sleep(0.5)
+assert all(home.folder.is_dir() for home in homes)
+"""
+    started = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) for _ in range(3)]
+    assert [process.communicate()[1] for process in started] == [b"", b"", b""]
 
 
 def test_an_environment_that_was_not_made(runtime: Runtime, tmp_path: Path) -> None:
