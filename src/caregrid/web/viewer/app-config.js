@@ -1,4 +1,4 @@
-// The viewer's settings. __PATH__ and __DICOMWEB__ are filled in when this is served; everything is on our own origin.
+// The viewer's settings, filled in when this is served; every address is on our own origin.
 window.PUBLIC_URL = '__PATH__/';
 window.browserImportFunction = moduleId => import(moduleId);
 
