@@ -1,73 +1,50 @@
 """The DIMSE door: C-ECHO and C-STORE with a receive loop of our own (why: docs/why/own-receive-loop.md).
 
-One thread per association. An object is acknowledged only after ``receive`` has returned. Sources: PS3.7 (DIMSE), PS3.8 (upper
-layer), PS3.4 Annex B (storage status codes), PS3.15 B (TLS).
+One thread per association. An object is acknowledged only after ``receive`` has returned. Memory per association is bounded by
+``_dimse_wire.IN_MEMORY``. Sources: PS3.7 (DIMSE), PS3.8 (upper layer), PS3.4 annex B (status codes), PS3.15 B.12 (TLS).
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import ipaddress
+import select
 import socket
 import ssl
-import struct
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import structlog
 
 from caregrid.domain.settings import DimseSettings, Tls
 from caregrid.domain.study import Incoming, Receipt, Source
-from caregrid.errors import CaregridError, IntakeError
+from caregrid.errors import IntakeError
+from caregrid.intake import _dimse_pdu as pdu
+from caregrid.intake._dimse_processes import run_processes, wait_for_end
+from caregrid.intake._dimse_wire import Body, PeerClosed, Wire
 
 log = structlog.get_logger()
 
 Receive = Callable[[Incoming], Receipt]
 Allowed = Callable[[str, str], bool]
 Rejected = Callable[[Source, str, str], None]
+Listener = tuple[socket.socket, bool]  # and whether it speaks TLS
 
-IMPLEMENTATION_CLASS_UID = b"2.25.300180474285829414929262398764329170981"
-IMPLEMENTATION_VERSION = b"CAREGRID_010"
-APPLICATION_CONTEXT = b"1.2.840.10008.3.1.1.1"
-VERIFICATION = "1.2.840.10008.1.1"
-#: Not storage, though they look like it by prefix: query, commitment, media directory.
-NOT_STORAGE = ("1.2.840.10008.5.1.4.1.2.", "1.2.840.10008.1.20.", "1.2.840.10008.5.1.4.31", "1.2.840.10008.5.1.4.34.")
-
-C_STORE_RQ, C_STORE_RSP, C_ECHO_RQ, C_ECHO_RSP, C_CANCEL_RQ = 0x0001, 0x8001, 0x0030, 0x8030, 0x0FFF
-A_ASSOCIATE_RQ, A_ASSOCIATE_AC, A_ASSOCIATE_RJ, P_DATA, A_RELEASE_RQ, A_RELEASE_RP, A_ABORT = 1, 2, 3, 4, 5, 6, 7
-TCP_QUICKACK = getattr(socket, "TCP_QUICKACK", None)
-
-
-class Violation(Exception):  # noqa: N818 - it ends an association, it is not a caregrid error
-    """The peer broke the protocol; ``reason`` is the A-ABORT reason of PS3.8 Table 9-26."""
-
-    def __init__(self, what: str, reason: int = 0) -> None:
-        self.reason = reason
-        super().__init__(what)
-
-
-@dataclass
-class Context:
-    """An accepted presentation context."""
-
-    abstract_syntax: str
-    transfer_syntax: str
-
-
-@dataclass
-class Command:
-    """The command set under way and, for a C-STORE, the pieces of its data set."""
-
-    context_id: int
-    elements: dict[tuple[int, int], bytes]
-    pieces: list[bytes] = field(default_factory=list)
-    size: int = 0
+SUCCESS, PROCESSING_FAILURE, CLASS_NOT_SUPPORTED, MISTYPED, UNRECOGNISED = 0x0000, 0x0110, 0x0122, 0x0212, 0x0211
+OUT_OF_RESOURCES = 0xA700
+_LONGEST_REQUEST = 1 << 20
+_LONGEST_COMMAND = 1 << 16
 
 
 class DimseDoor:
-    """Listens, and hands what comes to ``receive``. ``allowed``: an operator's additions to the allow-list."""
+    """Listens, and hands what comes to ``receive``.
+
+    allowed: an operator's additions to the allow-list. rejected: told of every association turned away or broken off.
+    spool: where objects too large for memory are received (unnamed files); the system's temporary folder if not given.
+    """
 
     def __init__(
         self,
@@ -75,103 +52,351 @@ class DimseDoor:
         receive: Receive,
         allowed: Allowed | None = None,
         rejected: Rejected = lambda source, what, reason: None,
+        *,
+        spool: Path | None = None,
+        listeners: Sequence[Listener] | None = None,
     ) -> None:
-        self.settings, self.receive = settings, receive
-        self.allowed, self.rejected = allowed or (lambda ae, address: False), rejected
-        self.port = 0
-        self.tls_port = 0
-        self._listeners: list[socket.socket] = []
-        self._open: set[socket.socket] = set()
+        self.settings, self.receive, self.spool = settings, receive, spool
+        self._allowed, self._rejected = allowed or (lambda ae, address: False), rejected
+        self._networks = [(each.calling_ae, ipaddress.ip_network(each.address, strict=False)) for each in settings.allow]
+        self._tls = tls_context(settings.tls) if settings.tls else None
+        self._listeners = list(listeners or ())
+        self._open: set[Association] = set()
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
+        self._wake: tuple[socket.socket, socket.socket] | None = None
+        self._thread: threading.Thread | None = None
+        self.stopping = False
+
+    @property
+    def port(self) -> int:
+        """The port that is open; with TLS beside it, the one without."""
+        return int(self._listeners[0][0].getsockname()[1])
+
+    @property
+    def tls_port(self) -> int:
+        """The port that speaks TLS; 0 when there is none."""
+        return next((int(listener.getsockname()[1]) for listener, tls in self._listeners if tls), 0)
 
     def start(self) -> None:
-        """Open the port or ports and accept in threads of their own."""
-        settings = self.settings
-        context = tls_context(settings.tls) if settings.tls else None
-        if settings.tls and settings.tls_port is None:
-            self.port = self.tls_port = self._listen(settings.port, context)
-            return
-        self.port = self._listen(settings.port, None)
-        if context is not None and settings.tls_port is not None:
-            self.tls_port = self._listen(settings.tls_port, context)
+        """Open the port or ports and accept associations in threads of their own."""
+        self._listeners = self._listeners or open_ports(self.settings)
+        self._wake = socket.socketpair()
+        self._thread = threading.Thread(target=self._accept, name="dimse", daemon=True)
+        self._thread.start()
 
-    def _listen(self, port: int, tls: ssl.SSLContext | None) -> int:
-        listener = socket.create_server((self.settings.host, port), backlog=128)
-        self._listeners.append(listener)
-        threading.Thread(target=self._accept, args=(listener, tls), name="dimse-accept", daemon=True).start()
-        return int(listener.getsockname()[1])
+    def stop(self, seconds: float = 5.0) -> None:
+        """Accept nothing new, end idle associations, let objects under way arrive for ``seconds``, then close what is left."""
+        self.stopping = True
+        if self._wake and self._thread:
+            self._wake[1].close()
+            self._thread.join()
+            self._wake[0].close()
+        for listener, _ in self._listeners:
+            listener.close()
+        deadline = time.monotonic() + seconds
+        while (left := self._now_open()) and time.monotonic() < deadline:
+            for association in left:
+                association.end_if_idle()
+            time.sleep(0.02)
+        for association in self._now_open():
+            association.cut()
 
-    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
-        while not self._stopping.is_set():
-            try:
-                peer, address = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(peer, str(address[0]), tls), name="dimse", daemon=True).start()
-
-    def _serve(self, peer: socket.socket, address: str, tls: ssl.SSLContext | None) -> None:
+    def _now_open(self) -> list[Association]:
         with self._lock:
-            self._open.add(peer)
+            return list(self._open)
+
+    def _accept(self) -> None:
+        poll = select.poll()
+        assert self._wake is not None
+        poll.register(self._wake[0])
+        by_number = {listener.fileno(): (listener, tls) for listener, tls in self._listeners}
+        for number in by_number:
+            poll.register(number, select.POLLIN)
+        while not self.stopping:
+            for number, _ in poll.poll():
+                if number in by_number:
+                    self._take(*by_number[number])
+
+    def _take(self, listener: socket.socket, tls: bool) -> None:
+        try:
+            peer, address = listener.accept()
+        except OSError:  # another process was faster, or the peer went away again
+            return
+        place = getattr(ipaddress.ip_address(address[0]), "ipv4_mapped", None) or address[0]
+        threading.Thread(target=self._serve, args=(peer, str(place), tls), name="association", daemon=True).start()
+
+    def _serve(self, peer: socket.socket, address: str, tls: bool) -> None:
         try:
             peer.settimeout(self.settings.artim_seconds)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if tls is not None:
-                peer = tls.wrap_socket(peer, server_side=True)
-            Association(self, peer, address).run()
-        except (OSError, ssl.SSLError) as error:
-            if isinstance(error, ssl.SSLError):
-                self.rejected(Source("dimse", "", "", address), "TLS handshake", "the TLS handshake failed")
-        finally:
-            with self._lock:
-                self._open.discard(peer)
+            if tls and self._tls is not None:
+                peer = self._tls.wrap_socket(peer, server_side=True)
+        except OSError as error:
+            reason = getattr(error, "reason", None)
+            if reason:
+                self.reject(Source("dimse", "", "", address), "TLS handshake", str(reason).replace("_", " ").lower())
             peer.close()
-
-    def associations(self) -> int:
-        """Connections open now."""
+            return
+        association = Association(self, peer, address)
         with self._lock:
-            return len(self._open)
+            self._open.add(association)
+        try:
+            association.run()
+        finally:
+            self.leave(association)
+            association.close()
+
+    def leave(self, association: Association) -> None:
+        """The association no longer counts."""
+        with self._lock:
+            self._open.discard(association)
+
+    def full(self) -> bool:
+        """Whether one association more, the present one, is too many."""
+        with self._lock:
+            return self.stopping or len(self._open) > self.settings.max_associations
 
     def may_send(self, calling_ae: str, address: str) -> bool:
-        """Whether a sender is on the allow-list; an empty list lets in this machine only."""
-        listed = self.settings.allow
-        if not listed and ipaddress.ip_address(address).is_loopback:
-            return True
+        """Whether a sender is on the allow-list or was allowed by an operator; an empty list lets in this machine only."""
         place = ipaddress.ip_address(address)
-        if any(
-            fnmatch.fnmatchcase(calling_ae, each.calling_ae) and place in ipaddress.ip_network(each.address, strict=False)
-            for each in listed
-        ):
+        if not self._networks and place.is_loopback:
             return True
-        return self.allowed(calling_ae, address)
+        if any(fnmatch.fnmatchcase(calling_ae, name) and place in network for name, network in self._networks):
+            return True
+        try:
+            return self._allowed(calling_ae, address)
+        except Exception as error:  # the door's edge: whoever cannot be looked up is not let in
+            log.error("allow-list not readable", error=type(error).__name__)
+            return False
 
-    def stop(self, seconds: float = 5.0) -> None:
-        """Accept nothing new, let associations end for ``seconds``, then close them."""
-        self._stopping.set()
-        for listener in self._listeners:
-            listener.close()
-        deadline = time.monotonic() + seconds
-        while self.associations() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        with self._lock:
-            left = list(self._open)
-        for peer in left:
-            with _quiet():
-                peer.shutdown(socket.SHUT_RDWR)
+    def reject(self, source: Source, what: str, reason: str) -> None:
+        """Make it known that a sender was turned away."""
+        log.warning("rejected", what=what, why=reason, calling=source.calling_ae, called=source.called_ae, address=source.address)
+        try:
+            self._rejected(source, what, reason)
+        except Exception as error:  # the door's edge: the sender gets its answer whether or not the note can be kept
+            log.error("rejection not recorded", error=type(error).__name__)
 
 
-class _quiet:  # noqa: N801 - used as a statement
-    def __enter__(self) -> None:
+class Association:
+    """One association: negotiation, then commands until release, abort, silence or a broken rule."""
+
+    def __init__(self, door: DimseDoor, peer: socket.socket, address: str) -> None:
+        self.door, self.settings = door, door.settings
+        self.source = Source("dimse", "", "", address)
+        self._peer = peer
+        self._wire = Wire(peer, door.settings.artim_seconds)
+        self._body = Body(door.settings.max_object_bytes, door.spool)
+        self._contexts: dict[int, tuple[str, str]] = {}
+        self._command_part = b""
+        self._command: dict[pdu.Element, bytes] | None = None
+        self._context_id = 0
+        self._busy = True
+
+    def run(self) -> None:
+        """Serve the association to its end."""
+        try:
+            if self._negotiate():
+                self._wire.established(self.settings.idle_seconds)
+                self._busy = False
+                while self._next_pdu():
+                    self._busy = self._command is not None or bool(self._command_part)
+            self.door.leave(self)
+            self._wire.end()
+        except PeerClosed:
+            return
+        except pdu.Violation as broken:
+            self._break_off(str(broken), pdu.abort(2, broken.reason))
+        except TimeoutError:
+            if self.source.calling_ae:
+                self._break_off("nothing was heard for too long", pdu.abort(0, 0))
+
+    def end_if_idle(self) -> None:
+        """At closing time: end the association unless an object is under way."""
+        if not self._busy:
+            self.cut()
+
+    def cut(self) -> None:
+        """End the connection now; the association's thread notices and finishes."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._peer, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._body.clear()
+        with contextlib.suppress(OSError):
+            self._peer.close()
+
+    def _break_off(self, reason: str, abort: bytes) -> None:
+        self.door.leave(self)
+        self.door.reject(self.source, "association aborted", reason)
+        with contextlib.suppress(PeerClosed, TimeoutError):
+            self._wire.send(abort)
+            self._wire.end()
+
+    # negotiation ----------------------------------------------------------------------------------------------------
+
+    def _negotiate(self) -> bool:
+        kind, length = self._head()
+        if kind != pdu.A_ASSOCIATE_RQ:
+            raise pdu.Violation("the first PDU is not an association request", pdu.Violation.UNEXPECTED_PDU)
+        if length > _LONGEST_REQUEST:
+            raise pdu.Violation("the association request is too long")
+        request = pdu.read_request(self._wire.exactly(length))
+        self.source = Source("dimse", request.calling, request.called, self.source.address)
+        refusal = self._refusal(request)
+        if refusal:
+            result, source, reason, words = refusal
+            self.door.reject(self.source, "association", words)
+            self._wire.send(pdu.reject(result, source, reason))
+            return False
+        answers = [(each.identifier, *pdu.choose(each)) for each in request.contexts]
+        for each, (identifier, result, syntax) in zip(request.contexts, answers, strict=True):
+            if result == 0:
+                self._contexts[identifier] = (each.abstract_syntax, syntax)
+        self._wire.send(pdu.accept(request, answers, self.settings.max_pdu))
+        return True
+
+    def _refusal(self, request: pdu.Request) -> tuple[int, int, int, str] | None:
+        """(result, source, reason, words) of PS3.8 table 9-21, or None when the association is welcome."""
+        if not request.version & 1:
+            return 1, 2, 2, "its protocol version is not supported"
+        if request.application_context != pdu.APPLICATION_CONTEXT:
+            return 1, 1, 2, "its application context name is not supported"
+        if request.called not in self.settings.ae_titles:
+            return 1, 1, 7, "the called AE title is not ours"
+        if not self.door.may_send(request.calling, self.source.address):
+            return 1, 1, 3, "the calling AE title and address are not on the allow-list"
+        if self.door.full():
+            return 2, 3, 2, "too many associations are open"
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        return kind is not None and issubclass(kind, OSError)
+    # commands -------------------------------------------------------------------------------------------------------
+
+    def _head(self) -> tuple[int, int]:
+        head = self._wire.exactly(6)
+        if not 1 <= head[0] <= 7:
+            raise pdu.Violation("it sent something that is not a DICOM message", pdu.Violation.UNRECOGNISED_PDU)
+        return head[0], int.from_bytes(head[2:], "big")
+
+    def _next_pdu(self) -> bool:
+        kind, length = self._head()
+        if kind == pdu.P_DATA:
+            self._data(length)
+            return True
+        if kind == pdu.A_RELEASE_RQ:
+            self._wire.exactly(min(length, 4))
+            self._wire.send(pdu.RELEASE_RESPONSE)
+            return False
+        if kind == pdu.A_ABORT:
+            return False
+        raise pdu.Violation("it sent a message that has no place here", pdu.Violation.UNEXPECTED_PDU)
+
+    def _data(self, left: int) -> None:
+        """The presentation data values of a P-DATA-TF with ``left`` bytes."""
+        if self.settings.max_pdu and left > self.settings.max_pdu:
+            raise pdu.Violation("a PDU is longer than agreed")
+        while left:
+            if left < 6:
+                raise pdu.Violation("a presentation data value is cut short")
+            head = self._wire.exactly(6)
+            length = int.from_bytes(head[:4], "big") - 2
+            if not 0 <= length <= left - 6:
+                raise pdu.Violation("a presentation data value is longer than its PDU")
+            self._value(head[4], head[5], length)
+            left -= 6 + length
+
+    def _value(self, context_id: int, flags: int, length: int) -> None:
+        if context_id not in self._contexts:
+            raise pdu.Violation("a presentation context was not agreed", pdu.Violation.UNEXPECTED_PARAMETER)
+        self._busy = True
+        if flags & 1:
+            self._take_command(context_id, flags, length)
+            return
+        if self._command is None or context_id != self._context_id:
+            raise pdu.Violation("a data set came without its command", pdu.Violation.UNEXPECTED_PARAMETER)
+        self._body.take(self._wire, length)
+        if flags & 2:
+            command, self._command = self._command, None
+            self._answer(command, self._store(command))
+            self._body.clear()
+
+    def _take_command(self, context_id: int, flags: int, length: int) -> None:
+        if self._command is not None:
+            raise pdu.Violation("a command came in the middle of a data set", pdu.Violation.UNEXPECTED_PARAMETER)
+        if len(self._command_part) + length > _LONGEST_COMMAND:
+            raise pdu.Violation("a command set is too long")
+        self._command_part += self._wire.exactly(length)
+        self._context_id = context_id
+        if flags & 2:
+            content, self._command_part = self._command_part, b""
+            self._begin(pdu.read_command(content))
+
+    def _begin(self, command: dict[pdu.Element, bytes]) -> None:
+        kind = pdu.number_of(command, pdu.COMMAND_FIELD)
+        if kind == pdu.C_CANCEL_RQ:
+            return
+        if kind & pdu.RESPONSE:
+            raise pdu.Violation("it answered what was not asked", pdu.Violation.UNEXPECTED_PARAMETER)
+        if pdu.number_of(command, pdu.DATA_SET_TYPE) != pdu.NO_DATA_SET:
+            self._command = command
+        elif kind == pdu.C_ECHO_RQ:
+            self._answer(command, (SUCCESS, ""))
+        else:
+            self._answer(command, (MISTYPED, "no data set") if kind == pdu.C_STORE_RQ else (UNRECOGNISED, ""))
+
+    def _answer(self, command: dict[pdu.Element, bytes], answer: tuple[int, str]) -> None:
+        self._wire.send(pdu.respond(self._context_id, command, *answer))
+
+    def _store(self, command: dict[pdu.Element, bytes]) -> tuple[int, str]:
+        """(status, error comment) once the data set that goes with a command has arrived."""
+        if pdu.number_of(command, pdu.COMMAND_FIELD) != pdu.C_STORE_RQ:
+            return UNRECOGNISED, ""
+        abstract_syntax, transfer_syntax = self._contexts[self._context_id]
+        if abstract_syntax == pdu.VERIFICATION:
+            return CLASS_NOT_SUPPORTED, ""
+        incoming = Incoming(
+            source=self.source,
+            chunks=self._body.chunks(),
+            sop_class_uid=pdu.uid_of(command.get(pdu.AFFECTED_CLASS, b"")),
+            sop_instance_uid=pdu.uid_of(command.get(pdu.AFFECTED_INSTANCE, b"")),
+            transfer_syntax_uid=transfer_syntax,
+        )
+        if self._body.refused:
+            self.door.reject(self.source, "object", self._body.refused)
+            return OUT_OF_RESOURCES, self._body.refused
+        return self._receive(incoming)
+
+    def _receive(self, incoming: Incoming) -> tuple[int, str]:
+        try:
+            self.door.receive(incoming)
+        except IntakeError as error:
+            return error.dimse_status, error.message
+        except Exception as error:  # the association's edge: whatever broke, the sender must not hear "success"
+            log.error("object not kept", door="dimse", error=type(error).__name__)
+            return PROCESSING_FAILURE, "it could not be kept; send it again"
+        return SUCCESS, ""
+
+
+def open_ports(settings: DimseSettings) -> list[Listener]:
+    """Listening sockets: one, with or without TLS; or with ``tls_port`` one of each."""
+    ports = [(settings.port, settings.tls is not None and settings.tls_port is None)]
+    if settings.tls is not None and settings.tls_port is not None:
+        ports.append((settings.tls_port, True))
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listeners = []
+    for port, tls in ports:
+        listener = socket.create_server((settings.host, port), family=family, backlog=128)
+        listener.setblocking(False)
+        listeners.append((listener, tls))
+    return listeners
 
 
 def tls_context(tls: Tls) -> ssl.SSLContext:
-    """TLS 1.2 or newer (BCP 195 profile of PS3.15 B.12), with client certificates when asked for."""
+    """TLS 1.2 or newer with forward secrecy (the BCP 195 profile, PS3.15 B.12), with client certificates when asked for."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM")
     context.load_cert_chain(tls.certificate, tls.key)
     if tls.ca:
         context.load_verify_locations(tls.ca)
@@ -180,303 +405,24 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
-class Association:
-    """One association: negotiation, then commands until release, abort, silence or a broken rule."""
+def serve(
+    settings: DimseSettings,
+    receive: Receive,
+    allowed: Allowed | None = None,
+    rejected: Rejected = lambda source, what, reason: None,
+    *,
+    spool: Path | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, in ``settings.processes`` processes. Call it from the main thread before starting others."""
+    listeners = open_ports(settings)
 
-    def __init__(self, door: DimseDoor, peer: socket.socket, address: str) -> None:
-        self.door, self.peer, self.address = door, peer, address
-        self.settings = door.settings
-        self.contexts: dict[int, Context] = {}
-        self.source = Source("dimse", "", "", address)
-        self._buffer = bytearray(1 << 20)
-        self._view = memoryview(self._buffer)
-        self._low = self._high = 0
-        self._command = b""
-        self._current: Command | None = None
+    def one_process() -> None:
+        door = DimseDoor(settings, receive, allowed, rejected, spool=spool, listeners=listeners)
+        door.start()
+        wait_for_end()
+        door.stop()
 
-    def run(self) -> None:
-        """Serve the association to its end."""
-        try:
-            if not self._negotiate():
-                return
-            self.peer.settimeout(self.settings.idle_seconds)
-            while self._one_pdu():
-                pass
-        except Violation as broken:
-            log.warning("association aborted", calling=self.source.calling_ae, address=self.address, why=str(broken))
-            self.door.rejected(self.source, "association aborted", str(broken))
-            self._abort(broken.reason)
-        except TimeoutError:
-            self._abort(0, source=0)
-
-    # reading --------------------------------------------------------------------------------------------------------
-
-    def _need(self, count: int) -> bool:
-        """Have ``count`` bytes in the buffer; False when the peer closed before."""
-        if self._low + count > len(self._buffer):
-            rest = bytes(self._view[self._low : self._high])
-            if count > len(self._buffer):
-                self._buffer = bytearray(count + 65536)
-                self._view = memoryview(self._buffer)
-            self._view[: len(rest)] = rest
-            self._low, self._high = 0, len(rest)
-        while self._high - self._low < count:
-            got = self.peer.recv_into(self._view[self._high :])
-            # Senders that leave Nagle on wait for our acknowledgement of each PDU; without this they lose 40 ms an object.
-            if TCP_QUICKACK is not None and not isinstance(self.peer, ssl.SSLSocket):
-                self.peer.setsockopt(socket.IPPROTO_TCP, TCP_QUICKACK, 1)
-            if got == 0:
-                return False
-            self._high += got
-        return True
-
-    def _take(self, count: int) -> memoryview:
-        taken = self._view[self._low : self._low + count]
-        self._low += count
-        if self._low == self._high:
-            self._low = self._high = 0
-        return taken
-
-    def _pdu(self, limit: int) -> tuple[int, memoryview] | None:
-        if not self._need(6):
-            return None
-        kind, _, length = struct.unpack(">BBI", self._take(6))
-        if not 1 <= kind <= 7:
-            raise Violation("unrecognised PDU", 1)
-        if length > limit:
-            raise Violation("PDU longer than agreed", 6)
-        if not self._need(length):
-            return None
-        return kind, self._take(length)
-
-    # negotiation ----------------------------------------------------------------------------------------------------
-
-    def _negotiate(self) -> bool:
-        read = self._pdu(1 << 20)
-        if read is None:
-            return False
-        kind, view = read
-        if kind != A_ASSOCIATE_RQ:
-            raise Violation("the first PDU is not an association request", 2)
-        body = bytes(view)
-        if len(body) < 68:
-            raise Violation("association request too short", 6)
-        called, calling = (body[start : start + 16].decode("ascii", "replace").strip(" \0") for start in (4, 20))
-        self.source = Source("dimse", calling, called, self.address)
-        refusal = self._refusal(body, calling, called)
-        if refusal:
-            result, origin, reason, words = refusal
-            log.warning("association rejected", calling=calling, called=called, address=self.address, why=words)
-            self.door.rejected(self.source, "association", words)
-            self.peer.sendall(struct.pack(">BBIBBBB", A_ASSOCIATE_RJ, 0, 4, 0, result, origin, reason))
-            return False
-        answer = self._answer(body)
-        self.peer.sendall(struct.pack(">BBI", A_ASSOCIATE_AC, 0, len(answer)) + answer)
-        return True
-
-    def _refusal(self, body: bytes, calling: str, called: str) -> tuple[int, int, int, str] | None:
-        """(result, source, reason, words) of PS3.8 Table 9-21, or None when the association is welcome."""
-        if self.door._stopping.is_set() or self.door.associations() > self.settings.max_associations:
-            return 2, 3, 2, "too many associations at once"
-        if not struct.unpack_from(">H", body)[0] & 1:
-            return 1, 2, 2, "protocol version not supported"
-        if called not in self.settings.ae_titles:
-            return 1, 1, 7, f"called AE title {called} is not ours"
-        if not self.door.may_send(calling, self.address):
-            return 1, 1, 3, "calling AE title and address are not on the allow-list"
-        return None
-
-    def _answer(self, body: bytes) -> bytes:
-        out = bytearray(body[:68])
-        user_items = b""
-        for kind, value in _items(body, 68):
-            if kind == 0x10:
-                out += _item(0x10, APPLICATION_CONTEXT)
-            elif kind == 0x20:
-                out += self._context(value)
-            elif kind == 0x50:
-                user_items = value
-        out += _item(0x50, self._user_information(user_items))
-        return bytes(out)
-
-    def _context(self, value: bytes) -> bytes:
-        if len(value) < 4:
-            raise Violation("presentation context too short", 6)
-        identifier, abstract, syntaxes = value[0], "", []
-        for kind, sub in _items(value, 4):
-            if kind == 0x30:
-                abstract = _uid(sub)
-            elif kind == 0x40:
-                syntaxes.append(_uid(sub))
-        result = 0 if syntaxes and accepts(abstract) else (3 if syntaxes else 4)
-        syntax = syntaxes[0] if syntaxes else "1.2.840.10008.1.2"
-        if result == 0:
-            self.contexts[identifier] = Context(abstract, syntax)
-        return _item(0x21, bytes([identifier, 0, result, 0]) + _item(0x40, syntax.encode()))
-
-    def _user_information(self, value: bytes) -> bytes:
-        out = _item(0x51, struct.pack(">I", self.settings.max_pdu)) + _item(0x52, IMPLEMENTATION_CLASS_UID)
-        out += _item(0x55, IMPLEMENTATION_VERSION)
-        for kind, sub in _items(value, 0):
-            if kind == 0x53:
-                out += _item(0x53, struct.pack(">HH", 1, 1))
-            elif kind == 0x58 and len(sub) > 1 and sub[1]:
-                out += _item(0x59, struct.pack(">H", 0))
-        return out
-
-    # commands -------------------------------------------------------------------------------------------------------
-
-    def _one_pdu(self) -> bool:
-        read = self._pdu(self.settings.max_pdu + 1024)
-        if read is None:
-            return False
-        kind, body = read
-        if kind == P_DATA:
-            self._values(body)
-            return True
-        if kind == A_RELEASE_RQ:
-            self.peer.sendall(struct.pack(">BBII", A_RELEASE_RP, 0, 4, 0))
-            return False
-        if kind == A_ABORT:
-            return False
-        raise Violation("unexpected PDU", 2)
-
-    def _values(self, body: memoryview) -> None:
-        place, end = 0, len(body)
-        while place < end:
-            if place + 6 > end:
-                raise Violation("presentation data value too short", 6)
-            (length,) = struct.unpack_from(">I", body, place)
-            if length < 2 or place + 4 + length > end:
-                raise Violation("presentation data value longer than its PDU", 6)
-            self._value(body[place + 4], body[place + 5], body[place + 6 : place + 4 + length])
-            place += 4 + length
-
-    def _value(self, context_id: int, flags: int, data: memoryview) -> None:
-        if context_id not in self.contexts:
-            raise Violation("presentation context was not agreed", 5)
-        if flags & 1:
-            self._command += data
-            if len(self._command) > 65536:
-                raise Violation("command set too long", 6)
-            if flags & 2:
-                complete, self._command = self._command, b""
-                self._begin(context_id, _elements(complete))
-            return
-        current = self._current
-        if current is None:
-            raise Violation("a data set came without its command", 2)
-        current.size += len(data)
-        if current.size > self.settings.max_object_bytes:
-            raise Violation("object larger than the limit of this site", 6)
-        current.pieces.append(bytes(data))
-        if flags & 2:
-            self._current = None
-            self._store(current)
-
-    def _begin(self, context_id: int, elements: dict[tuple[int, int], bytes]) -> None:
-        command = Command(context_id, elements)
-        kind = _us(elements, (0, 0x0100))
-        if kind == C_STORE_RQ:
-            self._current = command
-        elif kind == C_ECHO_RQ:
-            self._respond(command, C_ECHO_RSP, 0x0000)
-        elif kind != C_CANCEL_RQ:
-            self._respond(command, kind | 0x8000, 0x0211)
-            if _us(elements, (0, 0x0800)) != 0x0101:
-                raise Violation("a service that was not agreed", 2)
-
-    def _store(self, command: Command) -> None:
-        context = self.contexts[command.context_id]
-        incoming = Incoming(
-            source=self.source,
-            chunks=command.pieces,
-            sop_class_uid=_uid(command.elements.get((0, 0x0002), b"")),
-            sop_instance_uid=_uid(command.elements.get((0, 0x1000), b"")),
-            transfer_syntax_uid=context.transfer_syntax,
-        )
-        try:
-            self.door.receive(incoming)
-            status = 0x0000
-        except IntakeError as error:
-            status = error.dimse_status
-        except CaregridError:
-            status = 0x0110
-        except Exception as error:  # the association's edge: whatever broke, the sender must not hear "success"
-            log.error("object not kept", error=type(error).__name__)
-            status = 0x0110
-        self._respond(command, C_STORE_RSP, status)
-
-    def _respond(self, command: Command, kind: int, status: int) -> None:
-        elements = [
-            ((0, 0x0002), command.elements.get((0, 0x0002), b"")),
-            ((0, 0x0100), struct.pack("<H", kind)),
-            ((0, 0x0120), command.elements.get((0, 0x0110), b"\0\0")),
-            ((0, 0x0800), struct.pack("<H", 0x0101)),
-            ((0, 0x0900), struct.pack("<H", status)),
-        ]
-        if (0, 0x1000) in command.elements:
-            elements.append(((0, 0x1000), command.elements[(0, 0x1000)]))
-        body = b"".join(struct.pack("<HHI", *tag, len(_even(value))) + _even(value) for tag, value in elements)
-        body = struct.pack("<HHII", 0, 0, 4, len(body)) + body
-        head = struct.pack(">BBIIBB", P_DATA, 0, len(body) + 6, len(body) + 2, command.context_id, 3)
-        self.peer.sendall(head + body)
-
-    def _abort(self, reason: int, source: int = 2) -> None:
-        with _quiet():
-            self.peer.sendall(struct.pack(">BBIBBBB", A_ABORT, 0, 4, 0, 0, source, reason))
-
-
-def accepts(abstract_syntax: str) -> bool:
-    """Verification and every storage class, private ones too; not query, commitment or worklist."""
-    if abstract_syntax == VERIFICATION:
-        return True
-    if abstract_syntax.startswith("1.2.840.10008."):
-        return abstract_syntax.startswith("1.2.840.10008.5.1.4.") and not abstract_syntax.startswith(NOT_STORAGE)
-    return bool(abstract_syntax)
-
-
-def _items(body: bytes, place: int) -> list[tuple[int, bytes]]:
-    found = []
-    while place + 4 <= len(body):
-        kind, _, length = struct.unpack_from(">BBH", body, place)
-        if place + 4 + length > len(body):
-            raise Violation("item longer than its PDU", 6)
-        found.append((kind, body[place + 4 : place + 4 + length]))
-        place += 4 + length
-    return found
-
-
-def _item(kind: int, value: bytes) -> bytes:
-    return struct.pack(">BBH", kind, 0, len(value)) + value
-
-
-def _elements(command: bytes) -> dict[tuple[int, int], bytes]:
-    found, place = {}, 0
-    while place + 8 <= len(command):
-        group, element, length = struct.unpack_from("<HHI", command, place)
-        if place + 8 + length > len(command):
-            raise Violation("command element longer than its set", 6)
-        found[(group, element)] = command[place + 8 : place + 8 + length]
-        place += 8 + length
-    return found
-
-
-def _us(elements: dict[tuple[int, int], bytes], tag: tuple[int, int]) -> int:
-    value = elements.get(tag, b"")
-    return int(struct.unpack("<H", value)[0]) if len(value) == 2 else 0
-
-
-def _uid(value: bytes) -> str:
-    return value.rstrip(b"\0 ").decode("ascii", "replace")
-
-
-def _even(value: bytes) -> bytes:
-    return value + b"\0" if len(value) % 2 else value
-
-
-def serve(settings: DimseSettings, receive: Receive, rejected: Rejected = lambda source, what, reason: None) -> None:
-    """Serve until the process ends."""
-    door = DimseDoor(settings, receive, rejected=rejected)
-    door.start()
-    threading.Event().wait()
+    if settings.processes > 1:
+        run_processes(settings.processes, one_process)
+    else:
+        one_process()
