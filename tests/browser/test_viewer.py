@@ -116,6 +116,12 @@ def coloured(picture: NDArray[np.int16]) -> float:
     return float((np.ptp(picture, axis=2) > 25).mean())
 
 
+def middle(picture: NDArray[np.int16]) -> NDArray[np.int16]:
+    """The inner half of the picture, where no text is written."""
+    rows, columns = picture.shape[:2]
+    return picture[rows // 4 : rows * 3 // 4, columns // 4 : columns * 3 // 4]
+
+
 def test_a_ct_is_drawn_with_its_segmentation_and_nobody_else_is_called(site: DoorSite, watched: Watched, tmp_path: Path) -> None:
     objects, segmentation = ct_and_segmentation()
     store(site, objects)
@@ -138,6 +144,29 @@ def test_a_ct_is_drawn_with_its_segmentation_and_nobody_else_is_called(site: Doo
     ).first.click()
     label = str(segmentation.SegmentSequence[0].SegmentLabel)
     watched.page.get_by_text(label, exact=True).first.wait_for(timeout=20_000)
+    watched.page.screenshot(path=tmp_path / "viewer.png")
+    assert watched.off_origin == []
+    assert watched.failed == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "color3d_jpeg_baseline.dcm",
+        "JPEG2000.dcm",
+        "MR_small_RLE.dcm",
+        "emri_small_jpeg_ls_lossless.dcm",
+        "examples_palette.dcm",
+    ],
+)
+def test_what_scanners_send_is_drawn(site: DoorSite, watched: Watched, tmp_path: Path, name: str) -> None:
+    file = Path(str(get_testdata_file(name)))
+    store(site, [file.read_bytes()])
+    study = str(pydicom.dcmread(file, stop_before_pixels=True).StudyInstanceUID)
+    watched.page.goto(site.url.removesuffix("/dicom-web") + viewer.address(study))
+    watched.page.wait_for_selector(".cornerstone-canvas", timeout=60_000)
+    watched.page.get_by_text("Confirm and hide").click()
+    assert until(lambda: middle(watched.picture()).std() > 10, 40), "the image is drawn"
     watched.page.screenshot(path=tmp_path / "viewer.png")
     assert watched.off_origin == []
     assert watched.failed == []
