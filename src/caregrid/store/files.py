@@ -110,11 +110,12 @@ def sync_file_system(folder: Path) -> None:
         os.close(handle)
 
 
-def make_folder(folder: Path) -> None:
-    """A folder inside one that is there already, durably. Raises StoreFull."""
+def make_folder(folder: Path, wait: bool = True) -> None:
+    """A folder inside one that is there already; with ``wait`` it is on the disk when this returns. Raises StoreFull."""
     try:
         folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        if wait:
+            sync_folder(folder.parent)
     except OSError as error:
         raise _named(error) from error
 

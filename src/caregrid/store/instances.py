@@ -49,6 +49,7 @@ class InstanceStore:
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._index = Index(engine)
         self._made: set[str] = set()
+        self._synced: set[str] = set()
         _keep_connections_apart(self)
 
     def receive(self, incoming: Incoming) -> Receipt:
@@ -88,7 +89,7 @@ class InstanceStore:
         entry = Entry(source, header, sha256, sum(map(len, pieces)), relative)
         with self._promised(entry, len(pieces[0]) + header.data_offset, half, pieces) as journaled:
             entry.journaled = journaled
-            self._prepare(sha256[:2])
+            self._prepare(sha256[:2], wait=not journaled)
             half.place(final, wait=not journaled)
             try:
                 status = self._index.add(entry)
@@ -165,10 +166,13 @@ class InstanceStore:
         if not self._index.holds(header.uid("SOPInstanceUID"), label.sha256):
             self._index.add(Entry(label.source, header, label.sha256, len(content), label.path))
 
-    def _prepare(self, name: str) -> None:
-        if name not in self._made:
-            make_folder(self.folder / "instances" / name)
+    def _prepare(self, name: str, wait: bool = True) -> None:
+        """Have the folder; with ``wait`` it is known to be on the disk."""
+        if name not in self._synced and (wait or name not in self._made):
+            make_folder(self.folder / "instances" / name, wait)
             self._made.add(name)
+            if wait:
+                self._synced.add(name)
 
     def _take_back(self, final: Path, uid: str, sha256: str) -> None:
         # A commit whose answer was lost may have happened: the file goes only when the index is sure not to know it.
