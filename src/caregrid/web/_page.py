@@ -51,6 +51,7 @@ FILTERS = (
     "study_title",
     "site",
     "count_of",
+    "said",
 )
 
 

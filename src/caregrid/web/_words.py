@@ -110,6 +110,8 @@ def duration(seconds: float | None) -> str:
         if seconds >= size:
             count = int(seconds // size)
             return f"{count} {name}{'s' if count != 1 else ''}"
+    if 0 <= seconds < 0.1:
+        return "less than 0.1 seconds"
     return f"{max(0.0, seconds):.1f} seconds" if 0 < seconds < 10 else f"{max(0, round(seconds))} seconds"
 
 
@@ -144,7 +146,7 @@ def age(birth: str, on: str = "") -> str:
     except ValueError:
         return ""
     years = to.year - born.year - ((to.month, to.day) < (born.month, born.day))
-    return f"{years} years" if years > 1 else f"{max(0, (to - born).days // 30)} months"
+    return f"{years} years" if years > 1 else count_of(max(0, (to - born).days // 30), "month", "months")
 
 
 def clock(value: str) -> str:
@@ -174,6 +176,15 @@ def site(content: dict[str, Any]) -> str:
     """Where a finding is: ``Left lung``; a dash when the algorithm does not say."""
     side, place = meaning(content.get("laterality")), meaning(content.get("site"))
     return f"{side} {place[:1].lower()}{place[1:]}" if side and place else side or place or "–"
+
+
+def said(value: Any) -> str:
+    """A recorded value of any kind: lists joined, nothing as a dash."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(said(one) for one in value) or "none"
+    return "–" if value is None or value == "" else str(value)
 
 
 def count_of(count: int, one: str, many: str) -> str:

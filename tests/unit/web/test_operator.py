@@ -106,7 +106,7 @@ def test_the_story_tells_arrival_verdicts_runs_results_deliveries_and_audit(sign
         "BodyPartExamined in CHEST, THORAX: yes",
         "algorithm itself 12 seconds",
         digest("1.2.0")[:12],
-        "Warning: Attribute InstitutionName is empty",
+        "Attribute InstitutionName is empty",
         "0000 Success",
         "connection refused",
         "workflow ct-chest applies",
