@@ -53,10 +53,12 @@ def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*columns, title=title, title_justify="left")
+    console, table = Console(), Table(*columns)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
-    Console().print(table)
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    if rows:
+        console.print(table)
 
 
 # site ---------------------------------------------------------------------------------------------------------------

@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from caregrid.domain.settings import (
-    AllowedSender,
     CompletionPolicy,
     Destination,
     DimseSettings,
     EngineSettings,
     FolderSettings,
-    RequiredSeries,
     SiteSettings,
-    Tls,
     WebSettings,
 )
 from caregrid.errors import BadSetting, SiteMissing, UnknownSetting
@@ -43,7 +40,8 @@ _CHOICES: dict[tuple[type[Any], str], tuple[str, ...]] = {
     (CompletionPolicy, "late"): ("rerun", "ignore", "ask"),
     (Destination, "kind"): ("cstore", "stow", "folder"),
 }
-_SITE_KEYS = ("name", "data", "database", "uid_root", "institution", "station_name", "sandbox")
+_SITE_KEYS = ("name", "data", "database", "institution", "station_name", "sandbox")
+_SITE_KEYS = ("name", "data", "database", "institution", "station_name", "sandbox")
 _TOP = ("site", "dimse", "folder", "web", "engine", "completion", "destination")
 
 
@@ -78,7 +76,6 @@ class _Reader:
             home=self.home,
             data=data,
             database_url=os.environ.get(DATABASE_ENVIRONMENT) or top.get("database") or f"sqlite:///{data / 'site.db'}",
-            uid_root=self._convert(top.get("uid_root", "2.25"), str, "site.uid_root"),
             institution=self._convert(top.get("institution", top["name"]), str, "site.institution"),
             station_name=self._convert(top.get("station_name", "CAREGRID"), str, "site.station_name"),
             sandbox=self._convert(top.get("sandbox", "bubblewrap"), str, "site.sandbox"),

@@ -7,6 +7,7 @@ workers — each of which may be killed at any moment and started again; ``keep`
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -18,13 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from caregrid import __version__
 from caregrid.config import read_site
-from caregrid.domain.settings import SiteSettings
+from caregrid.domain.settings import Destination, SiteSettings
 from caregrid.engine import reviews, runs
 from caregrid.engine.completion import Completion, release
 from caregrid.engine.durable import Queue, Worker, prepare_schema
@@ -32,7 +34,7 @@ from caregrid.engine.flow import RunFlow
 from caregrid.engine.heartbeat import Heartbeat, take_over_dead
 from caregrid.engine.judge import Judge
 from caregrid.engine.kept import KeptResults
-from caregrid.engine.outbox import Courier, Outbox, resend
+from caregrid.engine.outbox import Commit, Courier, Outbox, resend
 from caregrid.engine.supervisor import Supervisor
 from caregrid.engine.tasks import Equipment, Tasks
 from caregrid.engine.withdraw import Withdrawal
@@ -41,7 +43,7 @@ from caregrid.plugs import load
 from caregrid.registry.registry import Registry
 from caregrid.results import warm_up
 from caregrid.runtime.runtime import Runtime
-from caregrid.store.database import open_engine, writing
+from caregrid.store.database import open_engine
 from caregrid.store.instances import InstanceStore, record_rejection
 from caregrid.store.migrate import migrate
 from caregrid.store.senders import allow_sender, is_allowed
@@ -222,7 +224,7 @@ class Site:
         couriers = []
         for destination in self.settings.destinations:
             plug = load("results", destination.kind)
-            commit = getattr(plug, "request_commitment", None)
+            commit = _commitment(plug, destination)
             couriers.append(Courier(self.engine, self.folder, destination, plug.send, owner, commit))
         return Outbox(couriers, self.settings.engine.poll_seconds)
 
@@ -290,6 +292,14 @@ class Site:
             self.queue.close()
         if "engine" in self.__dict__:
             self.engine.dispose()
+
+
+def _commitment(plug: ModuleType, destination: Destination) -> Commit | None:
+    """How storage commitment is asked for, where the destination's protocol has it."""
+    request = getattr(plug, "request_commitment", None)
+    if request is None or destination.commitment_port is None:
+        return request
+    return functools.partial(request, listen=(destination.commitment_host, destination.commitment_port))
 
 
 def wait_for_stop() -> None:
@@ -364,11 +374,3 @@ class Keeper:
         while not stop.wait(0.5):
             self.look()
         self.stop()
-
-
-def audited(site: Site, who: str, what: str, subject: str, why: str) -> None:
-    """One audit record on its own, for changes made outside the database (settings, keys on disk)."""
-    from caregrid.store import audit
-
-    with writing(site.engine) as connection:
-        audit.append(connection, who=who, what=what, subject=subject, why=why)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,11 @@ class CompletionPolicy:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where results go. kind: cstore, stow or folder. Back-off doubles from first to longest; parked after give_up_seconds."""
+    """Where results go. kind: cstore, stow or folder. Back-off doubles from first to longest; parked after give_up_seconds.
+
+    storage_commitment: ask for it after each delivery (cstore). Most archives report on an association of their own, to
+    commitment_host:commitment_port; without a port the report is awaited on ours.
+    """
 
     name: str
     kind: str
@@ -112,6 +115,8 @@ class Destination:
     longest_backoff_seconds: float = 3600.0
     give_up_seconds: float = 259200.0
     storage_commitment: bool = False
+    commitment_host: str = "0.0.0.0"  # noqa: S104 - the archive is on another machine
+    commitment_port: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,6 @@ class SiteSettings:
     home: Path
     data: Path
     database_url: str
-    uid_root: str = "2.25"
     institution: str = ""
     station_name: str = "CAREGRID"
     dimse: DimseSettings = DimseSettings()
@@ -146,4 +150,3 @@ class SiteSettings:
     completion: tuple[CompletionPolicy, ...] = (CompletionPolicy(),)
     destinations: tuple[Destination, ...] = ()
     sandbox: str = "bubblewrap"
-    secrets: dict[str, Any] = field(default_factory=dict)
