@@ -67,10 +67,11 @@ def program() -> tuple[str, ...]:
     return (podman, "--runtime", runc) if runc else (podman,)
 
 
-def call(*arguments: str, seconds: float = COMMAND_SECONDS) -> str:
-    """What podman said; PodmanError with the last line of its complaint."""
+def call(*arguments: str, seconds: float = COMMAND_SECONDS, folder: str = "/") -> str:
+    """What podman said; PodmanError with the last line of its complaint. folder: where it is called."""
     try:
-        done = subprocess.run([*program(), *arguments], capture_output=True, text=True, timeout=seconds, check=False)
+        command = [*program(), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, cwd=folder)
     except subprocess.TimeoutExpired as error:
         raise PodmanError(f"podman {arguments[0]} did not finish in {seconds:.0f} s") from error
     if done.returncode:
@@ -110,15 +111,17 @@ def read_files(image: str, paths: Sequence[str], folder: Path) -> dict[str, Path
     return found
 
 
-def run(box: Box, stop: Callable[[], bool] | None, too_much: Callable[[], bool]) -> End:
-    """Run the container to its end, or to box.seconds, or until ``stop()`` or ``too_much()``. Nothing of it is left."""
+def run(box: Box, stop: Callable[[], bool] | None, too_much: Callable[[], bool], folder: Path) -> End:
+    """Run the container to its end, or to box.seconds, or until ``stop()`` or ``too_much()``. Nothing of it is left.
+
+    folder: where podman's monitor is started; it leaves a file there when memory runs out.
+    """
     container = call("create", *_options(box), box.image, *box.command)
     try:
-        call("init", container)
+        call("init", container, folder=str(folder))
         killed = _MemoryKills(container, box.memory_mb << 20)
-        running = subprocess.Popen(
-            [*program(), "start", "--attach", container], stdin=_NOTHING, stdout=_NOTHING, stderr=_NOTHING, start_new_session=True
-        )
+        command = [*program(), "start", "--attach", container]
+        running = subprocess.Popen(command, stdin=_NOTHING, stdout=_NOTHING, stderr=_NOTHING, cwd=folder, start_new_session=True)
         try:
             how = _watch(running, box.seconds, stop, lambda: killed.look() or too_much())
         finally:

@@ -100,7 +100,7 @@ def run_box(manifest: Manifest, box: _podman.Box, spool: Spool, stop: Callable[[
     """Run a container and return the seconds it took; raises the named error for every other end than status 0."""
     began = time.monotonic()
     with podman_errors(manifest):
-        end = _podman.run(box, stop, lambda: spool.outgoing_bytes() > OUTGOING_MB << 20)
+        end = _podman.run(box, stop, lambda: spool.outgoing_bytes() > OUTGOING_MB << 20, spool.folder)
     known = {"name": manifest.name, "version": manifest.version}
     if end.how == "timeout":
         raise AlgorithmTimedOut(**known, seconds=round(box.seconds, 1))

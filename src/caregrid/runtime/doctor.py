@@ -122,7 +122,7 @@ def _trial_container(program: tuple[str, ...]) -> str:
         flags = ["--rm", "--network", "none", "--cap-drop", "all", "--read-only", "--log-driver", "none", "--memory", "64m"]
         limits = [f"--ulimit={limit}" for limit in ("nofile=1024:1024", "nproc=4096:4096")]
         mount = ["--mount", "type=bind,source=/usr,destination=/usr,readonly=true"]
-        done = _run([*program, "run", *flags, *limits, *mount, "--rootfs", folder, "/usr/bin/true"])
+        done = _run([*program, "run", *flags, *limits, *mount, "--rootfs", folder, "/usr/bin/true"], folder)
     return "" if done.returncode == 0 else _last(done.stderr)
 
 
@@ -204,9 +204,10 @@ def disk_kind(folder: Path) -> Check:
     return Check("disk kind", True, kind)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], folder: str | None = None) -> subprocess.CompletedProcess[str]:
+    nothing = subprocess.DEVNULL
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, stdin=nothing, cwd=folder)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 1, "", type(error).__name__)
 

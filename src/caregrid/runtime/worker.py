@@ -35,6 +35,7 @@ READY = {"ready": True}
 
 def main() -> None:
     """Serve jobs until standard input ends."""
+    _require_sandbox()
     answers = _take_standard_output()
     jobs = iter(sys.stdin.buffer.readline, b"")
     start = json.loads(next(jobs))
@@ -46,6 +47,16 @@ def main() -> None:
         job = json.loads(line)
         _answer(answers, {"job": job["job"], **_do(manifest, entry, job)})
         _tidy()
+
+
+def _require_sandbox() -> None:
+    """End at once unless process 1 is bubblewrap's: the worker ends every other process it sees between studies."""
+    if not _in_sandbox():
+        raise SystemExit("this worker runs inside bubblewrap only")
+
+
+def _in_sandbox() -> bool:
+    return os.getpid() != 1 and Path("/proc/1/comm").read_text().strip() == "bwrap"
 
 
 def _take_standard_output() -> IO[bytes]:
@@ -121,7 +132,7 @@ def _place(error: BaseException) -> str:
 
 def _tidy() -> None:
     """Leave nothing of this study for the next: processes it started, and files in the private folders."""
-    for process in _others():
+    for process in _others() if _in_sandbox() else ():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGKILL)
     _reap()

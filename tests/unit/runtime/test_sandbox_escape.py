@@ -444,6 +444,14 @@ def test_without_bubblewrap_nothing_runs(probe: Callable[..., Answer], monkeypat
         probe("return {}")
 
 
+def test_the_worker_itself_refuses_to_run_outside() -> None:
+    """It ends every other process it can see between studies, so it must never be outside a process namespace of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "caregrid.runtime.worker"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.strip()) == (1, "this worker runs inside bubblewrap only")
+
+
 def test_there_is_no_bare_mode(tmp_path: Path) -> None:
     for word in ("none", "bare", "", "podman"):
         with pytest.raises(ConfigError):
