@@ -1,284 +1,322 @@
-"""How fast objects are received: caregrid (durable), dcmtk's storescp and Orthanc, side by side on the same input.
+"""C-STORE receive: caregrid beside dcmtk storescp and Orthanc, on identical input, in one run.
 
-    python bench/receive.py [--quick] [--rounds 3] [--large 150] [--small 400] [--folder DIR]
+caregrid is run as in production (its own process, SQLite, every object synced and indexed before it is acknowledged); storescp
+keeps files without syncing or indexing, at its fastest settings (``+B``, large PDUs, a process for each association); Orthanc
+runs with its own defaults. ``TCP_NODELAY=1`` stands in the environment of every dcmtk-based program: without it each object
+waits 40 ms for a delayed acknowledgement, which would flatter us. The sender is dcmtk's storescu.
 
-Each receiver is a process of its own and stays up for all rounds; every round sends it the same fresh objects (one real CT slice
-under new UIDs, several studies, written beforehand) with dcmtk's storescu, over one association and over four at once. The order
-of the receivers changes from round to round, the disk is synced before every measurement, and medians are printed.
-dcmtk's programs and Orthanc run with TCP_NODELAY=1 and large PDUs, so that they are shown at their best. What each promises
-differs: caregrid answers after file, folder and index are synced; Orthanc after the file is synced (its index is not); storescp
-syncs nothing. The sender shares the machine: sender_cpu_ms says how much of it the sender takes. Last line: JSON.
+    python bench/receive.py [--quick] [--folder /a/folder/on/the/disk/to/measure]
+
+The last line is JSON: per_s_*, cpu_ms_* (receiver's processor time an object, its whole process tree), rss_mb_* (its peak
+memory), and vs_orthanc_*, vs_storescp_* (ratios of objects a second; above 1: caregrid is faster). Suffixes: the number of
+associations, and ``_30k`` for the small objects; without it an object is a CT slice of 512 KB.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import resource
 import shutil
+import signal
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+import uuid
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 import pydicom
 from pydicom.data import get_testdata_file
-from pydicom.uid import generate_uid
 
-ENVIRONMENT = os.environ | {"TCP_NODELAY": "1"}
+from caregrid.setup import init_site
+
+STORESCU, STORESCP = "/usr/bin/storescu", "/usr/bin/storescp"
+ORTHANC = shutil.which("Orthanc") or "/usr/sbin/Orthanc"
 TICK = os.sysconf("SC_CLK_TCK")
-PAGE = os.sysconf("SC_PAGE_SIZE")
-SLICES_A_STUDY = 50
-ASSOCIATIONS = (1, 4)
+STUDIES, SERIES = 4, 2
+
+SETTINGS = """
+[site]
+name = "Bench"
+[dimse]
+host = "127.0.0.1"
+port = {port}
+[web]
+port = {web}
+[engine]
+free_bytes_floor = 1000000
+"""
 
 
 @dataclass
 class Receiver:
-    """A running receiver and what was measured of it: (size, associations) → one value a round."""
+    """A server under measurement: how to reach it, whose processor time counts, how many objects it has kept."""
 
     name: str
     port: int
     process: subprocess.Popen[bytes]
-    folder: Path
-    rate: dict[tuple[str, int], list[float]] = field(default_factory=dict)
-    cpu_ms: dict[tuple[str, int], list[float]] = field(default_factory=dict)
-    peak_rss: float = 0.0
-
-    def tree(self) -> list[int]:
-        """The process and its children."""
-        pids, found = [self.process.pid], []
-        while pids:
-            pid = pids.pop()
-            found.append(pid)
-            with contextlib.suppress(OSError):
-                for task in Path(f"/proc/{pid}/task").iterdir():
-                    pids += map(int, (task / "children").read_text().split())
-        return found
-
-    def cpu_seconds(self) -> float:
-        """User and system time of the tree, children that have ended included."""
-        total = 0
-        for pid in self.tree():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-                total += sum(map(int, fields[11:15]))
-        return total / TICK
-
-    def note_memory(self) -> None:
-        """Keep the largest resident size of the tree seen so far."""
-        total = 0
-        for pid in self.tree():
-            with contextlib.suppress(OSError):
-                total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
-        self.peak_rss = max(self.peak_rss, total / 1e6)
+    kept: Callable[[], int]
 
 
-def make_objects(folder: Path, rounds: int, numbers: dict[str, int]) -> None:
-    """``folder/<round>/<size>-<associations>/<association>/n.dcm``: part 10 files with UIDs of their own."""
-    slice_512 = pydicom.dcmread(get_testdata_file("693_UNCI.dcm"))
-    small = pydicom.dcmread(get_testdata_file("693_UNCI.dcm"))
-    small.PixelData = slice_512.pixel_array[196:316, 196:316].tobytes()
-    small.Rows = small.Columns = 120
-    for number in range(rounds):
-        for size, dataset in (("512k", slice_512), ("30k", small)):
-            for associations in ASSOCIATIONS:
-                for association in range(associations):
-                    target = folder / str(number) / f"{size}-{associations}" / str(association)
-                    target.mkdir(parents=True)
-                    write_objects(dataset, target, numbers[size] // associations)
+@dataclass
+class Usage:
+    """What one run cost. seconds: wall clock; cpu: seconds of processor time; rss: peak bytes."""
+
+    seconds: float
+    cpu: float
+    rss: float
 
 
-def write_objects(dataset: pydicom.Dataset, folder: Path, count: int) -> None:
-    """``count`` copies in studies of SLICES_A_STUDY slices."""
-    for index in range(count):
-        if index % SLICES_A_STUDY == 0:
-            dataset.StudyInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
-        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-        dataset.InstanceNumber = index + 1
-        dataset.save_as(folder / f"{index}.dcm")
+@dataclass
+class Figures:
+    """Every measured value by its name in the last line."""
+
+    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def medians(self) -> dict[str, float]:
+        """Median over the rounds."""
+        return {name: statistics.median(values) for name, values in sorted(self.values.items())}
 
 
 def free_port() -> int:
-    """A free TCP port."""
+    """A TCP port nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-@contextlib.contextmanager
-def receiver(name: str, folder: Path) -> Iterator[Receiver]:
-    """A receiver that answers."""
-    port, store = free_port(), folder / name
-    store.mkdir()
-    with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(command(name, port, store), env=ENVIRONMENT, stdout=log, stderr=log)
-    started = Receiver(name, port, process, store)
-    try:
-        wait_for_echo(started)
-        yield started
-    finally:
-        process.terminate()
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+# what is sent -----------------------------------------------------------------------------------------------------------
 
 
-def command(name: str, port: int, store: Path) -> list[str]:
-    """How a receiver is started."""
-    if name == "caregrid":
-        return [sys.executable, __file__, "--serve", str(port), str(store)]
-    if name == "storescp":
-        return ["/usr/bin/storescp", "--fork", "+B", "-pdu", "131072", "-aet", "CAREGRID", "-od", str(store), str(port)]
+def _template(columns: int) -> tuple[bytes, dict[str, bytes]]:
+    """A real CT slice (cut to columns × columns) with placeholder UIDs of full length to be replaced in its bytes."""
+    slice_ = pydicom.dcmread(get_testdata_file("693_UNCR.dcm"))
+    if columns != slice_.Columns:
+        slice_.PixelData = slice_.pixel_array[:columns, :columns].tobytes()
+        slice_.Rows = slice_.Columns = columns
+    marks = {name: f"2.25.{number}{'7' * 38}" for number, name in enumerate(("study", "series", "object"), 1)}
+    slice_.StudyInstanceUID, slice_.SeriesInstanceUID = marks["study"], marks["series"]
+    slice_.SOPInstanceUID = slice_.file_meta.MediaStorageSOPInstanceUID = marks["object"]
+    file = BytesIO()
+    slice_.save_as(file)
+    return file.getvalue(), {name: mark.encode() for name, mark in marks.items()}
+
+
+def _uid() -> bytes:
+    return f"2.25.{uuid.uuid4().int:039d}".replace("2.25.0", "2.25.1").encode()
+
+
+def make_objects(folder: Path, count: int, associations: int, columns: int) -> int:
+    """Write ``count`` objects with fresh UIDs, dealt to one folder for each association; returns an object's size in bytes."""
+    template, marks = _template(columns)
+    studies = [(_uid(), [_uid() for _ in range(SERIES)]) for _ in range(STUDIES)]
+    for number in range(count):
+        study, series = studies[number % STUDIES]
+        made = template.replace(marks["study"], study).replace(marks["series"], series[number // STUDIES % SERIES])
+        target = folder / str(number % associations)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"{number:06d}.dcm").write_bytes(made.replace(marks["object"], _uid()))
+    return len(template)
+
+
+# who receives -----------------------------------------------------------------------------------------------------------
+
+
+def start_caregrid(folder: Path) -> Receiver:
+    """A site's receiver process, as in production."""
+    home, port = folder / "site", free_port()
+    init_site(home, "Bench", builtin=False, settings=SETTINGS.format(port=port, web=free_port()))
+    command = [sys.executable, "-m", "caregrid.cli", "site", "part", "receiver", "--home", str(home)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def kept() -> int:
+        with sqlite3.connect(home / "data" / "site.db") as database:
+            return int(database.execute("select count(*) from instance").fetchone()[0])
+
+    return _ready(Receiver("caregrid", port, process, kept))
+
+
+def start_storescp(folder: Path) -> Receiver:
+    """dcmtk's receiver at its fastest."""
+    target, port = folder / "storescp", free_port()
+    target.mkdir()
+    command = [STORESCP, "--fork", "+B", "-pdu", "131072", "-od", str(target), str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return _ready(Receiver("storescp", port, process, lambda: sum(1 for _ in target.iterdir())))
+
+
+def start_orthanc(folder: Path) -> Receiver:
+    """Orthanc with its defaults, without plugins."""
+    target, port, http = folder / "orthanc", free_port(), free_port()
+    target.mkdir()
     settings = {
-        "Name": "bench",
-        "DicomAet": "CAREGRID",
+        "StorageDirectory": str(target),
         "DicomPort": port,
-        "HttpPort": free_port(),
-        "StorageDirectory": str(store),
-        "IndexDirectory": str(store),
+        "HttpPort": http,
         "DicomAlwaysAllowStore": True,
-        "DicomCheckCalledAet": False,
-        "MaximumPduLength": 131072,
         "Plugins": [],
     }
-    configuration = store.parent / "orthanc.json"
-    configuration.write_text(json.dumps(settings))
-    return [shutil.which("Orthanc") or "/usr/sbin/Orthanc", str(configuration)]
+    (folder / "orthanc.json").write_text(json.dumps(settings | {"DicomAet": "ORTHANC", "DicomCheckCalledAet": False}))
+    command = [ORTHANC, str(folder / "orthanc.json")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def kept() -> int:
+        with urllib.request.urlopen(f"http://127.0.0.1:{http}/statistics", timeout=30) as answer:
+            return int(json.load(answer)["CountInstances"])
+
+    return _ready(Receiver("orthanc", port, process, kept))
 
 
-def wait_for_echo(of: Receiver) -> None:
-    """Until it answers C-ECHO."""
-    deadline = time.monotonic() + 30
-    echo = ["/usr/bin/echoscu", "-to", "2", "-aec", "CAREGRID", "127.0.0.1", str(of.port)]
-    while subprocess.run(echo, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode:
-        if time.monotonic() > deadline or of.process.poll() is not None:
-            raise SystemExit(f"{of.name} did not start")
+def _ready(receiver: Receiver) -> Receiver:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", receiver.port)) == 0:
+                return receiver
         time.sleep(0.1)
+    raise SystemExit(f"{receiver.name} did not start")
 
 
-def kept(of: Receiver) -> int:
-    """How many objects the receiver has under their final names."""
-    skip = ("index", "index-wal", "index-shm", "index-journal")
-    if of.name == "caregrid":
-        return sum(1 for file in (of.folder / "store" / "instances").rglob("*.dcm") if file.is_file())
-    return sum(1 for file in of.folder.rglob("*") if file.is_file() and file.name not in skip)
+# measuring --------------------------------------------------------------------------------------------------------------
 
 
-def measure(of: Receiver, folder: Path, size: str, associations: int) -> float:
-    """Send the objects of one folder; returns the sender's CPU seconds."""
-    sources = sorted(folder.iterdir())
-    count = sum(len(list(source.iterdir())) for source in sources)
-    os.sync()
-    before_kept, before_cpu, before_sender = kept(of), of.cpu_seconds(), children_cpu()
-    stop = threading.Event()
-    watch = threading.Thread(target=lambda: [of.note_memory() for _ in iter(lambda: stop.wait(0.1), True)])
-    watch.start()
-    start = time.perf_counter()
-    send = ["/usr/bin/storescu", "-R", "-aec", "CAREGRID", "+sd", "127.0.0.1", str(of.port)]
-    senders = [subprocess.Popen([*send, str(source)], env=ENVIRONMENT, stderr=subprocess.DEVNULL) for source in sources]
-    codes = [sender.wait() for sender in senders]
-    elapsed = time.perf_counter() - start
-    stop.set()
-    watch.join()
-    of.note_memory()
-    before_sender = children_cpu() - before_sender
-    if any(codes) or settled(of, before_kept + count) < before_kept + count:
-        raise SystemExit(f"{of.name} lost objects: sender said {codes}, {kept(of) - before_kept} of {count} are there")
-    of.rate.setdefault((size, associations), []).append(count / elapsed)
-    of.cpu_ms.setdefault((size, associations), []).append((of.cpu_seconds() - before_cpu) / count * 1000)
-    return before_sender / count * 1000
-
-
-def settled(of: Receiver, expected: int) -> int:
-    """The number kept, once it is the expected one or two seconds have passed."""
-    deadline = time.monotonic() + 2
-    while (number := kept(of)) < expected and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return number
-
-
-def children_cpu() -> float:
-    """CPU seconds of ended children: the senders."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def compare(rounds: int, numbers: dict[str, int], folder: Path) -> dict[str, float]:
-    """Run everything and return the JSON's content."""
-    make_objects(folder / "objects", rounds, numbers)
-    sender_cpu: dict[str, list[float]] = {"512k": [], "30k": []}
-    with contextlib.ExitStack() as stack:
-        receivers = [stack.enter_context(receiver(name, folder)) for name in ("caregrid", "storescp", "orthanc")]
-        for number in range(rounds):
-            order = receivers[number % 3 :] + receivers[: number % 3]
-            for size in ("512k", "30k"):
-                for associations in ASSOCIATIONS:
-                    objects = folder / "objects" / str(number) / f"{size}-{associations}"
-                    for each in order:
-                        sender_cpu[size].append(measure(each, objects, size, associations))
-            shutil.rmtree(folder / "objects" / str(number))
-    return report(receivers, {size: statistics.median(values) for size, values in sender_cpu.items()})
-
-
-def report(receivers: list[Receiver], sender_cpu: dict[str, float]) -> dict[str, float]:
-    """Print a table; the same as a flat dictionary."""
-    found: dict[str, float] = {}
-    print(f"{'receiver':10} {'size':5} {'assoc.':>6} {'instances/s':>12} {'CPU ms each':>12} {'peak RSS MB':>12}")
-    for each in receivers:
-        for (size, associations), rates in sorted(each.rate.items(), reverse=True):
-            suffix = f"{associations}" + ("" if size == "512k" else "_30k")
-            rate, cpu = statistics.median(rates), statistics.median(each.cpu_ms[(size, associations)])
-            found[f"rate_{each.name}_{suffix}"] = round(rate, 1)
-            found[f"cpu_ms_{each.name}_{suffix}"] = round(cpu, 2)
-            print(f"{each.name:10} {size:5} {associations:6} {rate:12.1f} {cpu:12.2f} {each.peak_rss:12.1f}")
-        found[f"rss_mb_{each.name}"] = round(each.peak_rss, 1)
-    for peer in ("orthanc", "storescp"):
-        for suffix in ("1", "4", "1_30k", "4_30k"):
-            found[f"vs_{peer}_{suffix}"] = round(found[f"rate_caregrid_{suffix}"] / found[f"rate_{peer}_{suffix}"], 2)
-    for size, value in sender_cpu.items():
-        found["sender_cpu_ms" + ("" if size == "512k" else "_30k")] = round(value, 2)
+def _tree(root: int) -> list[int]:
+    """The process and all its descendants."""
+    found, waiting = [], [root]
+    while waiting:
+        pid = waiting.pop()
+        found.append(pid)
+        try:
+            tasks = list(Path(f"/proc/{pid}/task").iterdir())
+            waiting += [int(child) for task in tasks for child in (task / "children").read_text().split()]
+        except OSError:
+            continue
     return found
 
 
-def serve_caregrid(port: int, folder: Path) -> None:
-    """The receiver as a site runs it: door, store and SQLite index in one process."""
-    from caregrid.domain.settings import DimseSettings
-    from caregrid.intake.dimse import serve
-    from caregrid.store.database import create_all, open_engine
-    from caregrid.store.instances import InstanceStore
+def _cpu(root: int) -> float:
+    """Seconds of processor time of the tree, children that ended included."""
+    ticks = 0
+    for pid in _tree(root):
+        try:
+            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]))
+        except OSError:
+            continue
+    return ticks / TICK
 
-    engine = open_engine(f"sqlite:///{folder}/site.db")
-    create_all(engine)
-    store = InstanceStore(engine, folder / "store", free_bytes_floor=0)
-    serve(DimseSettings(host="127.0.0.1", port=port), store.receive)
+
+def _rss(root: int) -> int:
+    """Peak resident bytes, summed over the tree as it stands now."""
+    total = 0
+    for pid in _tree(root):
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+    return total
+
+
+def measure(receiver: Receiver, corpus: Path, count: int) -> Usage:
+    """Send the corpus, one storescu for each of its folders; raises SystemExit when not every object was kept."""
+    before_kept, before_cpu, peak, over = receiver.kept(), _cpu(receiver.process.pid), [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            peak[0] = max(peak[0], _rss(receiver.process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    senders = [
+        subprocess.Popen([STORESCU, "-aec", "CAREGRID", "+sd", "127.0.0.1", str(receiver.port), str(each)])
+        for each in sorted(corpus.iterdir())
+    ]
+    codes = [sender.wait() for sender in senders]
+    seconds = time.perf_counter() - began
+    over.set()
+    watcher.join()
+    cpu = _cpu(receiver.process.pid) - before_cpu
+    kept = receiver.kept() - before_kept
+    if any(codes) or kept != count:
+        raise SystemExit(f"{receiver.name} kept {kept} of {count}; storescu ended with {codes}")
+    return Usage(seconds, cpu, max(peak[0], _rss(receiver.process.pid)))
+
+
+def _warm_up(receivers: list[Receiver], folder: Path) -> None:
+    """Every receiver has loaded its code and made its files before anything is measured."""
+    corpus = folder / "warm-up"
+    make_objects(corpus, 30, 1, 121)
+    for receiver in receivers:
+        measure(receiver, corpus, 30)
+    os.sync()
+    time.sleep(1.5)
+
+
+def one_round(receivers: list[Receiver], folder: Path, plan: dict[tuple[int, str], int], number: int, figures: Figures) -> None:
+    """Every size and number of associations once, the receivers in another order each time."""
+    for step, ((associations, size), count) in enumerate(plan.items()):
+        corpus = folder / f"corpus-{number}-{associations}{size}"
+        make_objects(corpus, count, associations, 512 if not size else 121)
+        os.sync()
+        turn = (number + step) % len(receivers)
+        for receiver in receivers[turn:] + receivers[:turn]:
+            used = measure(receiver, corpus, count)
+            key = f"{receiver.name}_{associations}{size}"
+            figures.values[f"per_s_{key}"].append(count / used.seconds)
+            figures.values[f"cpu_ms_{key}"].append(used.cpu / count * 1000)
+            figures.values[f"rss_mb_{key}"].append(used.rss / (1 << 20))
+            print(f"round {number + 1}  {key:<18} {count / used.seconds:7.1f}/s", end="")
+            print(f"  {used.cpu / count * 1000:6.2f} ms  {used.rss >> 20:4} MB")
+        shutil.rmtree(corpus)
+
+
+def ratios(medians: dict[str, float]) -> dict[str, float]:
+    """caregrid's objects a second over each peer's."""
+    return {
+        f"vs_{peer}_{suffix}": medians[f"per_s_caregrid_{suffix}"] / medians[f"per_s_{peer}_{suffix}"]
+        for peer in ("orthanc", "storescp")
+        for suffix in ("1", "4", "1_30k", "4_30k")
+    }
 
 
 def main() -> None:
-    """Read the arguments and do it."""
+    """Run the comparison and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer objects: ends within 40 s")
+    parser.add_argument("--quick", action="store_true", help="fewer objects; ends within 40 s")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--large", type=int, default=160, help="512 KB objects a measurement")
-    parser.add_argument("--small", type=int, default=400, help="30 KB objects a measurement")
-    parser.add_argument("--folder", type=Path, help="where to receive, on the disk to be measured (not a RAM disk)")
-    parser.add_argument("--serve", nargs=2, metavar=("PORT", "FOLDER"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.serve:
-        serve_caregrid(int(given.serve[0]), Path(given.serve[1]))
-        return
-    numbers = {"512k": 60, "30k": 100} if given.quick else {"512k": given.large, "30k": given.small}
-    with tempfile.TemporaryDirectory(dir=given.folder, prefix="caregrid-receive-") as folder:
-        print(json.dumps(compare(given.rounds, numbers, Path(folder))))
+    parser.add_argument("--folder", type=Path, default=None, help="where to work; its disk is what is measured")
+    asked = parser.parse_args()
+    os.environ["TCP_NODELAY"] = "1"
+    counts = (40, 80, 60, 120) if asked.quick else (200, 400, 400, 800)
+    plan = dict(zip(((1, ""), (4, ""), (1, "_30k"), (4, "_30k")), counts, strict=True))
+    figures, began, receivers = Figures(), time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="caregrid-bench-", dir=asked.folder) as place:
+        folder = Path(place)
+        try:
+            for start in (start_caregrid, start_storescp, start_orthanc):
+                receivers.append(start(folder))
+            _warm_up(receivers, folder)
+            for number in range(asked.rounds):
+                one_round(receivers, folder, plan, number, figures)
+                if asked.quick and (time.monotonic() - began) * (number + 2) / (number + 1) > 33:
+                    break
+        finally:
+            for receiver in receivers:
+                receiver.process.send_signal(signal.SIGTERM)
+                receiver.process.wait(20)
+    medians = figures.medians()
+    print(json.dumps({name: round(value, 2) for name, value in (ratios(medians) | medians).items()}))
 
 
 if __name__ == "__main__":

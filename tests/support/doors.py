@@ -1,4 +1,4 @@
-"""A DIMSE door and a sender for each plug of the intake slot, so that the slot's promise is tested the same way on all of them."""
+"""A DIMSE door and a sender for each plug of the intake slot: the slot's promise is tested the same way on all of them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,22 @@ from pynetdicom import AE
 
 from caregrid.domain.settings import DimseSettings, FolderSettings, WebSettings
 from caregrid.domain.study import Incoming, Receipt, Source
-from caregrid.intake._dimse_pdu import item, pdu
 from caregrid.intake.dimse import DimseDoor
 from caregrid.plugs import load
 from caregrid.store.database import create_all, open_engine
 from caregrid.store.instances import InstanceStore
 
 LOCAL = DimseSettings(host="127.0.0.1", port=0, idle_seconds=5, artim_seconds=5)
+
+
+def item(kind: int, value: bytes) -> bytes:
+    """An item of the upper layer."""
+    return struct.pack(">BBH", kind, 0, len(value)) + value
+
+
+def pdu(kind: int, body: bytes) -> bytes:
+    """A protocol data unit."""
+    return struct.pack(">BBI", kind, 0, len(body)) + body
 
 
 @dataclass
@@ -63,7 +72,7 @@ def dimse(receiver: Receiver, settings: DimseSettings = LOCAL, **more: object) -
 
 def threads_of_the_door() -> int:
     """Threads that serve associations now."""
-    return sum(thread.name == "dimse" for thread in threading.enumerate())
+    return sum(thread.name == "association" for thread in threading.enumerate())
 
 
 def association_request(
@@ -194,5 +203,3 @@ def uid_of(incoming: Incoming) -> str:
     if incoming.sop_instance_uid:
         return incoming.sop_instance_uid
     return str(pydicom.dcmread(BytesIO(b"".join(incoming.chunks)), stop_before_pixels=True).SOPInstanceUID)
-
-

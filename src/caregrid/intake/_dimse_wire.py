@@ -12,6 +12,8 @@ from io import FileIO
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
+from caregrid.errors import IntakeError, MalformedObject, StoreFull
+
 #: An object up to this size is received in memory, a larger one in an unnamed file. Bounds memory per association.
 IN_MEMORY = 16 << 20
 _STEP = 1 << 20
@@ -112,12 +114,12 @@ class Wire:
 class Body:
     """The data set under way. One buffer serves an association's objects one after the other.
 
-    refused: why the object cannot be kept, empty when it can; what still comes of it is read and forgotten.
+    refused: why the object cannot be kept, None when it can; what still comes of it is read and forgotten.
     """
 
     def __init__(self, limit: int, spool: Path | None = None) -> None:
         self.size = 0
-        self.refused = ""
+        self.refused: IntakeError | None = None
         self._limit, self._spool = limit, spool
         self._buffer = bytearray(_STEP // 4)
         self._held = 0
@@ -148,7 +150,7 @@ class Body:
     def clear(self) -> None:
         """Ready for the next object."""
         self.size = self._held = 0
-        self.refused = ""
+        self.refused = None
         if self._map is not None:
             with contextlib.suppress(BufferError):  # somebody still looks at it: it goes with them
                 self._map.close()
@@ -159,7 +161,7 @@ class Body:
 
     def _make_room(self, step: int) -> None:
         if self.size + step > self._limit:
-            self.refused = "the object is larger than this site takes"
+            self.refused = MalformedObject(reason="it is larger than this site takes")
         elif self._held + step > IN_MEMORY and not self.refused:
             self._spill()
         if self.refused:
@@ -177,5 +179,5 @@ class Body:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
-            self.refused = "there is no space to receive the object"
+            self.refused = StoreFull()
         self._held = 0
