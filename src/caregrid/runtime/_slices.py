@@ -14,13 +14,15 @@ from pydicom.dataset import Dataset
 from pydicom.tag import BaseTag, Tag
 
 from caregrid.errors import VolumeRefused
-from caregrid.runtime import _frames, pixels
+from caregrid.runtime import _frames, _plain_pixels, pixels
 from caregrid.runtime._damage import DAMAGE
+from caregrid.runtime._plain_pixels import PlainPixels
 
 #: Only these are read from each header; the rest, and the pixels, stay on disk.
 _KEYWORDS = [
     "AcquisitionNumber",
     "BitsAllocated",
+    "BitsStored",
     "Columns",
     "DiffusionBValue",
     "EchoNumbers",
@@ -32,6 +34,7 @@ _KEYWORDS = [
     "ModalityLUTSequence",
     "NumberOfFrames",
     "PerFrameFunctionalGroupsSequence",
+    "PhotometricInterpretation",
     "PixelRepresentation",
     "PixelSpacing",
     "RescaleIntercept",
@@ -69,7 +72,10 @@ _DIMENSIONS = (
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice: a single-frame object or one frame of a multi-frame one. Positions and spacing in mm (LPS)."""
+    """One slice: a single-frame object or one frame of a multi-frame one. Positions and spacing in mm (LPS).
+
+    plain: where its pixels lie in the file, when they can be taken from there as they are.
+    """
 
     path: Path
     sop_instance_uid: str
@@ -86,35 +92,46 @@ class Slice:
     compressed: bool
     stored: np.dtype[Any]
     dimensions: dict[tuple[str, str], Any]
+    plain: PlainPixels | None
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is read of one file."""
+
+    path: Path
+    dataset: Dataset
+    uid: str
+    plain: PlainPixels | None
 
 
 def read_slices(paths: Sequence[Path]) -> tuple[list[Slice], tuple[str, ...]]:
     """The slices of all ``paths``, repeated files dropped, with what was corrected. Raises VolumeRefused."""
     if not paths:
         raise VolumeRefused(code="too-few-slices", reason="no file was given")
-    headers = [(path, _read_header(path)) for path in sorted(paths)]
+    headers = [_read_header(path) for path in sorted(paths)]
     headers, corrections = _without_repeats(headers)
-    return [one for path, header in headers for one in _slices_of(path, header)], corrections
+    return [one for header in headers for one in _slices_of(header)], corrections
 
 
-def _read_header(path: Path) -> Dataset:
+def _read_header(path: Path) -> _Header:
     try:
-        header = dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-        header.get("SOPInstanceUID")
-        return header
+        with path.open("rb") as file:
+            dataset = dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+            return _Header(path, dataset, str(dataset.get("SOPInstanceUID") or ""), _plain_pixels.find(file, dataset))
     except DAMAGE as error:
         raise VolumeRefused(code="not-an-image", reason=f"{path.name} is not readable DICOM ({type(error).__name__})") from error
 
 
-def _without_repeats(headers: list[tuple[Path, Dataset]]) -> tuple[list[tuple[Path, Dataset]], tuple[str, ...]]:
+def _without_repeats(headers: list[_Header]) -> tuple[list[_Header], tuple[str, ...]]:
     """Drops second copies of an instance; two different objects under one UID are refused."""
-    kept: dict[str, tuple[Path, Dataset]] = {}
+    kept: dict[str, _Header] = {}
     dropped = 0
-    for path, header in headers:
-        uid = str(header.get("SOPInstanceUID", "")) or str(path)
+    for header in headers:
+        uid = header.uid or str(header.path)
         if uid not in kept:
-            kept[uid] = (path, header)
-        elif _same_object(kept[uid][0], path):
+            kept[uid] = header
+        elif _same_object(kept[uid].path, header.path):
             dropped += 1
         else:
             raise VolumeRefused(code="duplicate-instance", reason=f"two different objects carry SOP Instance UID {uid}")
@@ -148,24 +165,26 @@ def _image_type(header: Dataset) -> tuple[str, ...]:
     return (kind,) if isinstance(kind, str) else tuple(str(part) for part in kind)
 
 
-def _slices_of(path: Path, header: Dataset) -> list[Slice]:
+def _slices_of(header: _Header) -> list[Slice]:
+    path, dataset = header.path, header.dataset
     try:
-        _check_image(path, header)
-        compressed = pixels.is_compressed(header)
-        return [_slice(path, header, frame, compressed) for frame in range(1, _frames.frame_count(header) + 1)]
+        _check_image(path, dataset)
+        compressed = pixels.is_compressed(dataset)
+        return [_slice(header, frame, compressed) for frame in range(1, _frames.frame_count(dataset) + 1)]
     except DAMAGE as error:
         reason = f"the header of {path.name} is damaged ({type(error).__name__})"
         raise VolumeRefused(code="not-an-image", reason=reason) from error
 
 
-def _slice(path: Path, header: Dataset, frame: int, compressed: bool) -> Slice:
+def _slice(read: _Header, frame: int, compressed: bool) -> Slice:
+    path, header = read.path, read.dataset
     position = _numbers(header, frame, "PlanePositionSequence", "ImagePositionPatient", 3, path)
     orientation = _numbers(header, frame, "PlaneOrientationSequence", "ImageOrientationPatient", 6, path)
     spacing = _numbers(header, frame, "PixelMeasuresSequence", "PixelSpacing", 2, path)
     _check_geometry(path, orientation, spacing)
     return Slice(
         path=path,
-        sop_instance_uid=str(header.get("SOPInstanceUID", "")),
+        sop_instance_uid=read.uid,
         frame=frame,
         frames_in_object=_frames.frame_count(header),
         series_instance_uid=str(header.get("SeriesInstanceUID", "")),
@@ -179,6 +198,7 @@ def _slice(path: Path, header: Dataset, frame: int, compressed: bool) -> Slice:
         compressed=compressed,
         stored=_stored_type(header),
         dimensions=_dimensions(header, frame),
+        plain=read.plain,
     )
 
 

@@ -270,18 +270,20 @@ def _read_pixels(slices: list[Slice]) -> NDArray[Any]:
     by_path: dict[Path, list[int]] = {}
     for number, one in enumerate(slices):
         by_path.setdefault(one.path, []).append(number)
-    # Of the decoders only Pillow's JPEG releases the interpreter; for the others reading still overlaps with decoding.
-    workers = min(4, os.cpu_count() or 1) if slices[0].compressed else 1
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    # Reading releases the interpreter, and of the decoders only Pillow's JPEG; for the others reading overlaps with decoding.
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda numbers: _fill(out, slices, numbers, with_lut), by_path.values()))
-    if with_lut:
-        return pixels.compact(out)
-    return _modality_units(out, [one.scale for one in slices])
+        if with_lut:
+            return pixels.compact(out)
+        return _modality_units(out, [one.scale for one in slices], pool)
 
 
 def _fill(out: NDArray[Any], slices: list[Slice], numbers: list[int], with_lut: bool) -> None:
-    dataset = dcmread(slices[numbers[0]].path)
-    several = slices[numbers[0]].frames_in_object > 1
+    first = slices[numbers[0]]
+    if first.plain is not None and out.dtype == first.stored and first.plain.read_into(out[numbers[0]], first.path):
+        return
+    dataset = dcmread(first.path)
+    several = first.frames_in_object > 1
     for number in numbers:
         one = slices[number]
         frame = one.frame if several else None
@@ -293,22 +295,30 @@ def _fill(out: NDArray[Any], slices: list[Slice], numbers: list[int], with_lut: 
             raise _refuse("truncated-pixels", f"{one.path.name}: {error.details['reason']}") from error
 
 
-def _modality_units(out: NDArray[Any], scales: list[tuple[float, float]]) -> NDArray[Any]:
+def _modality_units(out: NDArray[Any], scales: list[tuple[float, float]], pool: ThreadPoolExecutor) -> NDArray[Any]:
     """Rescaled in place where the stored type has 16 bits and every value fits int16; ``out`` is used up."""
-    whole = out.dtype.kind in "iu" and all(
-        pixels.fits_int16(int(one.min()), int(one.max()), *scale) for one, scale in zip(out, scales, strict=True)
-    )
+    whole = out.dtype.kind in "iu" and all(pool.map(_fits, out, scales))
     if whole and out.dtype.itemsize == 2:
         result = out.view(np.int16)
-        for one, (slope, intercept) in zip(result, scales, strict=True):
-            # Arithmetic modulo 2^16 is right here: the true result is known to fit.
-            one *= _int16(slope)
-            one += _int16(intercept)
+        list(pool.map(_rescale, result, scales))
         return result
     result = np.empty(out.shape, dtype=np.int16 if whole else np.float32)
     for number, (slope, intercept) in enumerate(scales):
         result[number] = pixels.scaled(out[number], slope, intercept)
     return result
+
+
+def _fits(one: NDArray[Any], scale: tuple[float, float]) -> bool:
+    return pixels.fits_int16(int(one.min()), int(one.max()), *scale)
+
+
+def _rescale(one: NDArray[np.int16], scale: tuple[float, float]) -> None:
+    """Arithmetic modulo 2^16 is right here: the true result is known to fit."""
+    slope, intercept = _int16(scale[0]), _int16(scale[1])
+    if slope != 1:
+        one *= slope
+    if intercept != 0:
+        one += intercept
 
 
 def _int16(number: float) -> np.int16:

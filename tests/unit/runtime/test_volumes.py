@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
-from pydicom.uid import JPEGLSLossless, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, generate_uid
 from scipy.spatial.transform import Rotation
 
 from caregrid.domain.images import Volume
 from caregrid.errors import PixelsUndecodable, VolumeRefused
+from caregrid.runtime.pixels import decode
 from caregrid.runtime.volumes import CODES, read_volume
 from tests.support.data import shared
 
@@ -304,6 +305,28 @@ def test_values_at_the_edge_of_the_type_are_not_wrapped(write: Write, signed: in
     np.testing.assert_array_equal(volume.array[1], stored.astype(float) - 1024)
     fits = low - 1024 >= -32768 and high - 1024 <= 32767
     assert volume.array.dtype == (np.int16 if fits else np.float32)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize(("bits", "stored"), [(16, 16), (16, 12), (8, 8), (8, 7)])
+@pytest.mark.parametrize("signed", [0, 1])
+def test_pixels_are_those_the_decoder_gives(write: Write, syntax: UID, bits: int, stored: int, signed: int) -> None:
+    """Noise in every bit, also in those that mean nothing: taken from the file or decoded, it must come out the same."""
+    datasets = _datasets(count=3)
+    noise = np.random.default_rng(bits + stored)
+    for dataset in datasets:
+        list(dataset.iterall())  # read in the file's own encoding before it is written in another
+        pixels = noise.integers(0, 1 << bits, (48, 48)).astype(f"<u{bits // 8}")
+        dataset.PixelData, dataset.file_meta.TransferSyntaxUID = pixels.tobytes(), syntax
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, stored, stored - 1
+        dataset.PixelRepresentation, dataset["PixelData"].VR = signed, "OW"
+        dataset.RescaleSlope, dataset.RescaleIntercept = "1", "0"
+        dataset.pop("SmallestImagePixelValue", None)
+    paths = write(datasets)
+    volume = read_volume(paths)
+    by_uid = {str(one.SOPInstanceUID): decode(one) for one in map(pydicom.dcmread, paths)}
+    for array, uid in zip(volume.array, volume.sop_instance_uids, strict=True):
+        np.testing.assert_array_equal(array, by_uid[uid])
 
 
 # ── traps ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
