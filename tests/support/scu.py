@@ -90,6 +90,17 @@ def raw(source: Path | bytes) -> Raw:
     )
 
 
+def agreed(answer: bytes) -> set[int]:
+    """The ids of the presentation contexts an A-ASSOCIATE-AC accepts."""
+    found, place = set(), 68
+    while place < len(answer):
+        kind, _, length = struct.unpack_from(">BBH", answer, place)
+        if kind == 0x21 and answer[place + 6] == 0:
+            found.add(answer[place + 4])
+        place += 4 + length
+    return found
+
+
 class Scu:
     """One connection."""
 
