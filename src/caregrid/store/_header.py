@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from mmap import mmap
 
 from pydicom.charset import convert_encodings, decode_bytes
@@ -50,10 +50,15 @@ class Header:
     values: dict[str, bytes]
     transfer_syntax_uid: str
     data_offset: int = 0
+    _uids: dict[str, str] = field(default_factory=dict)
 
     def uid(self, keyword: str) -> str:
         """A UID without its padding; empty when absent."""
-        return self.values.get(keyword, b"").rstrip(b"\0 ").decode("ascii", "replace").strip()
+        known = self._uids.get(keyword)
+        if known is None:
+            known = self.values.get(keyword, b"").rstrip(b"\0 ").decode("ascii", "replace").strip()
+            self._uids[keyword] = known
+        return known
 
     def text(self, keyword: str) -> str:
         """A text value decoded with the object's character set; several values stay separated by a backslash."""

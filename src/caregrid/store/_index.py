@@ -91,7 +91,7 @@ class Index:
     def holds(self, sop_instance_uid: str, sha256: str) -> bool:
         """Whether this very object is in the index."""
         with reading(self.engine) as connection:
-            return any(row.sha256 == sha256 for row in self._sql.copies(connection, key=sop_instance_uid))
+            return any(known == sha256 for (known,) in self._sql.copies(connection, key=sop_instance_uid))
 
     def add(self, entry: Entry) -> str:
         """Commit the entry's rows and return its status. Raises StoreFull, or what the database says."""
@@ -146,7 +146,7 @@ class Index:
             uid = entry.uids[2]
             copies = known.get(uid)
             if copies is None:
-                copies = known[uid] = [row.sha256 for row in self._sql.copies(connection, key=uid)]
+                copies = known[uid] = [sha256 for (sha256,) in self._sql.copies(connection, key=uid)]
             if entry.sha256 in copies:
                 entry.status = "duplicate"
                 continue
@@ -166,7 +166,7 @@ class Index:
         found = self._sql.count_study(connection, key=uid, moment=moment, came=len(entries), **counts)
         if not found:
             self._sql.insert(connection, study, _study_row(entries[0], moment, modalities, counts))
-        elif not modalities <= (known := set(found[0].modalities.split("\\"))):
+        elif not modalities <= (known := set(found[0][0].split("\\"))):
             self._sql.set_modalities(connection, key=uid, joined=_joined(known | modalities))
         for entry in entries:
             if entry.copy:
@@ -230,21 +230,37 @@ def _given(name: str, kind: type[Any]) -> sa.BindParameter[Any]:
 
 
 class _Statement:
+    """Goes straight to the driver: of five small statements, SQLAlchemy's way to each costs more than the statement itself."""
+
     def __init__(self, clause: Any, dialect: sa.Dialect, columns: list[str] | None = None) -> None:
         compiled = clause.compile(dialect=dialect, column_keys=columns)
         self._text, self._order, self._fixed = str(compiled), compiled.positiontup, dict(compiled.params)
         self._gives_rows = isinstance(clause, sa.Select) or bool(getattr(clause, "_returning", ()))
+        self._driver = dialect.loaded_dbapi
 
     def __call__(self, connection: sa.Connection, **values: Any) -> list[Any]:
         given: dict[str, Any] = self._fixed | values
         parameters = tuple(given[name] for name in self._order) if self._order is not None else given
-        result = connection.exec_driver_sql(self._text, parameters)
-        return list(result.all()) if self._gives_rows else []
+        cursor = connection.connection.cursor()
+        try:
+            cursor.execute(self._text, parameters)
+            return list(cursor.fetchall()) if self._gives_rows else []
+        except self._driver.IntegrityError as error:
+            raise IntegrityError("index", None, error) from error
+        except self._driver.Error as error:
+            # Without the parameters: they are patient data, and messages get logged.
+            raise DBAPIError("index", None, error) from error
+        finally:
+            cursor.close()
 
 
 def _sender(source: Source) -> dict[str, str]:
-    names = ("protocol", "calling_ae", "called_ae", "address")
-    return {name: getattr(source, name) for name in names}
+    return {
+        "protocol": source.protocol,
+        "calling_ae": source.calling_ae,
+        "called_ae": source.called_ae,
+        "address": source.address,
+    }
 
 
 def _instance_row(entry: Entry) -> dict[str, Any]:

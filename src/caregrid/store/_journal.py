@@ -21,7 +21,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -49,7 +49,7 @@ class Label:
 
     def encode(self) -> bytes:
         """As JSON."""
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(vars(self) | {"source": vars(self.source)}).encode()
 
     @classmethod
     def decode(cls, text: bytes) -> Label:

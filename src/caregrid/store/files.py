@@ -33,7 +33,7 @@ class HalfFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / secrets.token_hex(16)
+        self.path = f"{folder}/{secrets.token_hex(16)}"
         try:
             self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         except OSError as error:
@@ -62,13 +62,13 @@ class HalfFile:
         except OSError as error:
             raise _named(error) from error
 
-    def place(self, final: Path, wait: bool = True) -> None:
+    def place(self, final: str | Path, wait: bool = True) -> None:
         """Give the file its name. With ``wait`` (the file must be synced before) the name is on the disk when this returns."""
         try:
             os.rename(self.path, final)
             self._placed = True
             if wait:
-                sync_folder(final.parent)
+                sync_folder(os.path.dirname(final))
         except OSError as error:
             raise _named(error) from error
 
@@ -78,10 +78,11 @@ class HalfFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         os.close(self.handle)
         if not self._placed:
-            self.path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(self.path)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: str | Path) -> None:
     """The folder's entries (what is in it, under which name) are on the disk when this returns."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -120,7 +121,7 @@ def make_folder(folder: Path, wait: bool = True) -> None:
         raise _named(error) from error
 
 
-def free_bytes(folder: Path) -> int:
+def free_bytes(folder: str | Path) -> int:
     """Space left for us on the file system of ``folder``, in bytes."""
     return shutil.disk_usage(folder).free
 

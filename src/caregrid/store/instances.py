@@ -83,8 +83,8 @@ class InstanceStore:
         uid = header.uid("SOPInstanceUID")
         relative = f"instances/{sha256[:2]}/{uid}-{sha256[:16]}.dcm"
         receipt = (header.uid("SOPClassUID"), uid, header.uid("StudyInstanceUID"))
-        final = self.folder / relative
-        if final.exists() and self._index.holds(uid, sha256):
+        final = f"{self.folder}/{relative}"
+        if os.path.exists(final) and self._index.holds(uid, sha256):
             return Receipt("duplicate", *receipt)
         entry = Entry(source, header, sha256, sum(map(len, pieces)), relative)
         with self._promised(entry, len(pieces[0]) + header.data_offset, half, pieces) as journaled:
@@ -174,11 +174,11 @@ class InstanceStore:
             if wait:
                 self._synced.add(name)
 
-    def _take_back(self, final: Path, uid: str, sha256: str) -> None:
+    def _take_back(self, final: str, uid: str, sha256: str) -> None:
         # A commit whose answer was lost may have happened: the file goes only when the index is sure not to know it.
         with suppress(SQLAlchemyError, OSError):
             if not self._index.holds(uid, sha256):
-                final.unlink(missing_ok=True)
+                os.unlink(final)
 
     def _quarantine(self, incoming: Incoming, half: HalfFile, error: IntakeError) -> None:
         sha256, source = _sha256(incoming.chunks), incoming.source

@@ -342,7 +342,7 @@ def test_sweep_takes_leftovers_and_leaves_what_is_being_written(light: Kept) -> 
     with HalfFile(folder) as half:
         half.write([b"under way"])
         assert light.store.sweep() == 1
-        assert [file.name for file in folder.iterdir()] == [half.path.name]
+        assert [file.name for file in folder.iterdir()] == [Path(half.path).name]
     assert list(folder.iterdir()) == []
 
 
