@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import gc
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 
-from highdicom._standard_utils import is_attribute_in_iod
+from highdicom import _standard_utils
 from pydicom.dataset import Dataset
 
 from caregrid.domain.findings import Findings
@@ -29,8 +31,28 @@ __all__ = [
 
 
 def warm_up() -> None:
-    """Load the tables the writers need (about half a second), so that the first result does not wait for it."""
-    is_attribute_in_iod("ContentDate", "1.2.840.10008.5.1.4.1.1.66.4")
+    """Load the tables the writers need (about half a second), so that the first result does not wait for it.
+
+    highdicom looks through its tables again for every slice of a source, a millisecond each time, and always for the same
+    few answers: from here on they are remembered. And what is loaded by now stays: the garbage collector need not look through
+    it again and again while a result of ten thousand small data sets is made.
+    """
+    if not hasattr(_standard_utils.is_attribute_in_iod, "remembers"):
+        _standard_utils.is_attribute_in_iod = _remembering(_standard_utils.is_attribute_in_iod)
+    _standard_utils.is_attribute_in_iod("ContentDate", "1.2.840.10008.5.1.4.1.1.66.4")
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 10, 10)
+
+
+def _remembering(ask: Callable[..., bool]) -> Callable[..., bool]:
+    remembered = lru_cache(4096)(lambda attribute, sop_class, path: ask(attribute, sop_class, list(path) or None))
+
+    def asked(attribute: str, sop_class_uid: str, exclude_path_elements: Sequence[str] | None = None) -> bool:
+        return remembered(attribute, str(sop_class_uid), tuple(exclude_path_elements or ()))
+
+    asked.remembers = remembered  # type: ignore[attr-defined]
+    return asked
 
 
 def write_results(

@@ -8,15 +8,28 @@ from collections.abc import Iterator, Sequence
 from io import BytesIO
 
 from pydicom import config, dcmread
+from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import Dataset
+from pydicom.valuerep import PersonName
 
-from caregrid.results._common import IDENTITY_TYPE_2, copy_identity, texts
-from caregrid.results._subject import KO, MODALITIES, SC, SEG, SR, Check, Subject, listed, named
+from caregrid.results._common import IDENTITY_TYPE_2, TEXT_VRS, copy_identity, texts
+from caregrid.results._subject import (
+    KO,
+    MODALITIES,
+    SC,
+    SEG,
+    SR,
+    Check,
+    Element,
+    Subject,
+    elements,
+    listed,
+    named,
+    uids,
+)
 
 _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))+")
 _FLATTENED = frozenset({"SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ContentSequence"})
-#: Long, and without a text that a character set governs.
-_WITHOUT_TEXT = ("PerFrameFunctionalGroupsSequence", "CurrentRequestedProcedureEvidenceSequence", "ReferencedSeriesSequence")
 _IDENTITY = ("StudyInstanceUID", *IDENTITY_TYPE_2, "IssuerOfPatientID")
 
 
@@ -34,23 +47,17 @@ def check_identity(subject: Subject) -> Iterator[str]:
 
 def check_uids(subject: Subject) -> Iterator[str]:
     """Every UID is well formed; series and instance are new (6.1.2)."""
-    for name, value in _uids(subject.dataset):
-        if len(value) > 64 or not _UID.fullmatch(value):
-            yield f"{name} is not a UID"
+    for element in subject.elements:
+        if element.VR == "UI":
+            yield from (
+                f"{keyword_for_tag(element.tag)} is not a UID"
+                for value in uids(element)
+                if len(value) > 64 or not _UID.fullmatch(value)
+            )
     if any(subject.dataset.get("SeriesInstanceUID") == header.SeriesInstanceUID for header in subject.sources):
         yield "SeriesInstanceUID is a source series"
     if any(subject.dataset.get("SOPInstanceUID") == header.SOPInstanceUID for header in subject.sources):
         yield "SOPInstanceUID is a source instance"
-
-
-def _uids(dataset: Dataset) -> Iterator[tuple[str, str]]:
-    for element in dataset:
-        if element.VR == "SQ":
-            for item in element.value:
-                yield from _uids(item)
-        elif element.VR == "UI" and element.value:
-            values = [element.value] if isinstance(element.value, str) else element.value
-            yield from ((element.keyword, str(value)) for value in values)
 
 
 def check_class(subject: Subject) -> Iterator[str]:
@@ -70,8 +77,12 @@ def check_class(subject: Subject) -> Iterator[str]:
 def check_character_set(subject: Subject) -> Iterator[str]:
     """All text decodes with the character set declared (6.1.4)."""
     copy = dcmread(BytesIO(subject.raw), stop_before_pixels=True)
-    for keyword in _WITHOUT_TEXT:
-        copy.pop(keyword, None)
+    for tag in list(copy.keys()):
+        # ASCII reads the same in every character set, so what holds nothing else need not be decoded.
+        if copy.get_item(tag).VR == "SQ" and all(
+            _is_ascii(element) for item in subject.dataset[tag].value for _, element in elements(item)
+        ):
+            del copy[tag]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -83,6 +94,17 @@ def check_character_set(subject: Subject) -> Iterator[str]:
             return
     if "SpecificCharacterSet" not in copy and not all(part.isascii() for part in text):
         yield "text is not ASCII and SpecificCharacterSet is missing"
+
+
+def _is_ascii(element: Element) -> bool:
+    """Whether a text is plain ASCII, without an escape to another character set; true of what is no text."""
+    if element.VR not in TEXT_VRS:
+        return True
+    value = element.value
+    if isinstance(value, bytes):
+        return value.isascii() and b"\x1b" not in value
+    text = str(value) if isinstance(value, str | PersonName) or value is None else "".join(str(part) for part in value)
+    return text.isascii() and "\x1b" not in text
 
 
 def check_series(subject: Subject) -> Iterator[str]:

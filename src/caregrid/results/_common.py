@@ -63,7 +63,7 @@ IDENTITY_TYPE_3 = (
     "ProcedureCodeSequence",
 )
 _KIND_DIGIT = {"dicom_seg": 1, "dicom_sr": 2, "dicom_sc": 3, "dicom_kos": 4}
-_TEXT_VRS = frozenset({"LO", "LT", "PN", "SH", "ST", "UC", "UT"})
+TEXT_VRS = frozenset({"LO", "LT", "PN", "SH", "ST", "UC", "UT"})
 
 
 @dataclass(frozen=True)
@@ -382,7 +382,7 @@ def texts(dataset: Dataset, skip: Collection[str] = ("PerFrameFunctionalGroupsSe
             if element.keyword not in skip:
                 for item in element.value:
                     yield from texts(item, skip)
-        elif element.VR in _TEXT_VRS and element.value is not None:
+        elif element.VR in TEXT_VRS and element.value is not None:
             values = (
                 element.value if isinstance(element.value, Sequence) and not isinstance(element.value, str) else [element.value]
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -22,8 +24,16 @@ _EVIDENCE = (
     "PertinentOtherEvidenceSequence",
     "SourceImageSequence",
 )
+_REFERENCED_INSTANCE = 0x00081155
+#: Unknown or not stated (implicit VR): only the dictionary says what it is.
+_MAY_BE_SEQUENCE = frozenset({"SQ", "UN", None})
+
 #: Not references to what the result is about.
 _ELSEWHERE = (*_EVIDENCE, "PredecessorDocumentsSequence", "ReferencedStudySequence", "ContributingEquipmentSequence")
+
+
+#: An element whose value nobody has asked for yet is raw.
+Element = DataElement | RawDataElement
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,11 @@ class Subject:
     def sop_class(self) -> str:
         """SOP Class UID as text, empty when missing."""
         return str(self.dataset.get("SOPClassUID", ""))
+
+    @cached_property
+    def elements(self) -> tuple[Element, ...]:
+        """Every element of the object that is not a sequence, in items too, as it stands in the file."""
+        return tuple(element for _, element in elements(self.dataset))
 
 
 #: A check yields one sentence per fault.
@@ -65,12 +80,37 @@ def named(dataset: Dataset, but: str = "") -> set[str]:
 
 
 def _instances(dataset: Dataset, but: str) -> Iterator[str]:
-    for element in dataset:
-        if element.VR == "SQ":
-            for item in element.value:
-                yield from _instances(item, but)
-        elif element.keyword == "ReferencedSOPInstanceUID" and dataset.get("ReferencedSOPClassUID") != (but or None):
-            yield str(element.value)
+    for owner, element in elements(dataset):
+        if element.tag == _REFERENCED_INSTANCE and owner.get("ReferencedSOPClassUID") != (but or None):
+            yield from uids(element)
+
+
+def elements(dataset: Dataset) -> Iterator[tuple[Dataset, Element]]:
+    """Every element that is not a sequence, in items too, with the item it stands in.
+
+    Values are not turned into Python objects: in a long study that takes longer than all checks together.
+    """
+    waiting = [dataset]
+    while waiting:
+        owner = waiting.pop()
+        for tag in owner.keys():  # noqa: SIM118 - iterating the data set itself would convert every value
+            element = owner.get_item(tag)
+            if element.VR in _MAY_BE_SEQUENCE:
+                element = owner[tag]
+            if element.VR == "SQ":
+                waiting.extend(element.value)
+            else:
+                yield owner, element
+
+
+def uids(element: Element) -> list[str]:
+    """The values of a UI element, raw or not, without their padding (PS3.5 6.2)."""
+    value = element.value
+    if isinstance(value, bytes):
+        return [part.rstrip("\0 ") for part in value.decode("iso8859").split("\\")] if value else []
+    if not value:
+        return []
+    return [value] if isinstance(value, str) else [str(part) for part in value]
 
 
 def code(dataset: Dataset, keyword: str) -> tuple[str, str]:

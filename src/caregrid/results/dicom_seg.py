@@ -167,11 +167,18 @@ def _stack(segment: Segment) -> NDArray[np.bool_]:
 def _pixels(segments: list[Segment]) -> NDArray[np.uint8]:
     """A label map (frames, rows, columns) when no segments overlap, else (frames, rows, columns, segments)."""
     masks = [_stack(segment) for segment in segments]
-    labels = masks[0].astype(np.uint8)
-    for index, mask in enumerate(masks[1:], start=2):
-        if index > 255 or np.logical_and(labels, mask).any():
-            return np.stack(masks, axis=-1).astype(np.uint8)
-        labels += np.multiply(mask, index, dtype=np.uint8)
+    if len(masks) > 255:
+        return np.stack(masks, axis=-1).astype(np.uint8)
+    labels = np.zeros(masks[0].shape, np.uint8)
+    # Slice by slice: one slice fits the processor's cache, a whole mask does not.
+    for place, picture in enumerate(labels):
+        for index, mask in enumerate(masks, start=1):
+            here = mask[place]
+            if not here.any():
+                continue
+            if picture[here].any():
+                return np.stack(masks, axis=-1).astype(np.uint8)
+            picture[here] = index
     return labels
 
 
