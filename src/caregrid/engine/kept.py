@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,16 @@ from pydicom import Dataset
 
 from caregrid.domain.algorithm import Manifest
 from caregrid.domain.findings import Finding, Findings
-from caregrid.results import ResultContext, validate, write_results
+from caregrid.errors import ResultInvalid
+from caregrid.results import Apart, ResultContext, Validation, each_result, read_header, validate, write_results
 from caregrid.runtime.exchange import read_findings, write_findings
 
 _SAFE = re.compile(r"[^A-Za-z0-9_.-]")
+_UID = re.compile(r"[0-9.]{1,64}")
+_FINISHED = "finished.json"
+
+#: Modality of an object that an algorithm made itself → the format it counts as.
+_KINDS = {"SEG": "dicom_seg", "SR": "dicom_sr", "KO": "dicom_kos"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class KeptResults:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir()
         write_findings(findings, half)
+        (half / _FINISHED).write_text(json.dumps({"finished_at": datetime.now(UTC).isoformat()}), encoding="utf-8")
         for number, path in enumerate(objects):
             shutil.copyfile(path, half / f"object-{number}.dcm")
         for file in half.iterdir():
@@ -70,37 +80,78 @@ class KeptResults:
         half.rename(folder / "findings")
         _sync(folder)
 
-    def write(self, folder: Path, context: ResultContext, findings: Findings, formats: Sequence[str]) -> list[MadeResult]:
-        """Write and validate the DICOM objects of a task; an object that is there already is left as it is."""
-        own = [self._own_object(folder, path) for path in sorted((folder / "findings").glob("object-*.dcm"))]
-        if own:
-            return own
-        return [self.keep(folder, kind, dataset) for kind, dataset in write_results(context, findings, formats)]
+    def finished_at(self, folder: Path) -> datetime:
+        """When the algorithm had finished: the creation time of its results, the same at every retry."""
+        said = json.loads((folder / "findings" / _FINISHED).read_text(encoding="utf-8"))
+        return datetime.fromisoformat(said["finished_at"])
 
-    def _own_object(self, folder: Path, path: Path) -> MadeResult:
-        """An object that the algorithm made itself: judged like ours, and delivered as it is."""
-        dataset = pydicom.dcmread(path)
-        kind = {"SEG": "dicom_seg", "SR": "dicom_sr", "KO": "dicom_kos"}.get(str(dataset.Modality), "dicom_sc")
-        return self.keep(folder, kind, dataset)
+    def write(
+        self, folder: Path, context: ResultContext, findings: Findings, formats: Sequence[str], apart: Apart | None = None
+    ) -> list[MadeResult]:
+        """Write and validate the DICOM objects of a task; an object that is there already is left as it is.
+
+        Each is put on disk and checked while the next is made; a SEG in the process ``apart`` where there is one.
+        """
+        own = sorted((folder / "findings").glob("object-*.dcm"))
+        if own:
+            return [self._own_object(folder, path, context) for path in own]
+        sources = _sources(context)
+        checked: list[Future[MadeResult]] = []
+        companions: list[Dataset] = []
+        with ThreadPoolExecutor(4) as pool:
+            for kind, dataset in each_result(context, findings, formats):
+                check = _check(sources, companions)
+                if apart is not None and kind == "dicom_seg":
+                    check = _check_apart(apart, context.source_files)
+                path, half = self._half(folder, dataset)
+                checked.append(pool.submit(self._kept, kind, path, half, check))
+                companions.append(dataset)
+            return [each.result() for each in checked]
+
+    def _own_object(self, folder: Path, path: Path, context: ResultContext) -> MadeResult:
+        """An object that the algorithm made itself: held against the study it must belong to, and delivered byte for byte."""
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        kind, uid = _KINDS.get(str(dataset.get("Modality", "")), "dicom_sc"), str(dataset.get("SOPInstanceUID", ""))
+        if not _UID.fullmatch(uid):
+            raise ResultInvalid(kind=kind, reason="the algorithm made an object without a SOP Instance UID")
+        kept = folder / f"{uid}.dcm"
+        half = None if kept.exists() else kept.with_suffix(".part")
+        if half is not None:
+            shutil.copyfile(path, half)
+        return self._kept(kind, kept, half, lambda each: validate(each, _sources(context), ours=False))
 
     def write_verified(self, folder: Path, context: ResultContext, findings: Findings) -> MadeResult:
-        """The SR with the reviewer's verification."""
-        made = [(kind, dataset) for kind, dataset in write_results(context, findings, ("dicom_sr",)) if kind == "dicom_sr"]
-        ((kind, dataset),) = made
-        return self.keep(folder, kind, dataset)
+        """The SR with the reviewer's verification; it refers to the segments that the task made already."""
+        segmentations = [each for each in map(read_header, sorted(folder.glob("*.dcm"))) if each.Modality == "SEG"]
+        ((kind, dataset),) = write_results(context, findings, ("dicom_sr",), segmentations)
+        path, half = self._half(folder, dataset)
+        return self._kept(kind, path, half, _check(_sources(context), segmentations))
 
     def keep(self, folder: Path, kind: str, dataset: Dataset) -> MadeResult:
-        """Put one object on disk (write, fsync, rename, fsync) and validate what lies there."""
+        """Put one object on disk and validate what lies there, by itself (a rejection note has no source that it was made of)."""
+        path, half = self._half(folder, dataset)
+        return self._kept(kind, path, half, validate)
+
+    def _half(self, folder: Path, dataset: Dataset) -> tuple[Path, Path | None]:
+        """The object's own path, and the file it was written to first; None when the object is there already."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{dataset.SOPInstanceUID}.dcm"
-        if not path.exists():
-            half = path.with_suffix(".part")
-            dataset.save_as(half, enforce_file_format=True)
+        if path.exists():
+            return path, None
+        half = path.with_suffix(".part")
+        dataset.save_as(half, enforce_file_format=True)
+        return path, half
+
+    def _kept(self, kind: str, path: Path, half: Path | None, check: Callable[[Path], Validation]) -> MadeResult:
+        """Make a half-written object whole (fsync, rename, fsync) and validate what lies on disk."""
+        if half is not None:
             _sync(half)
             os.replace(half, path)
-            _sync(folder)
+            _sync(path.parent)
+        verdict = check(path)
         meta = pydicom.dcmread(path, stop_before_pixels=True)
-        verdict = validate(path)
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return MadeResult(
             kind=kind,
             sop_instance_uid=str(meta.SOPInstanceUID),
@@ -108,7 +159,7 @@ class KeptResults:
             series_instance_uid=str(meta.SeriesInstanceUID),
             transfer_syntax_uid=str(meta.file_meta.TransferSyntaxUID),
             path=str(path.relative_to(self.store)),
-            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            sha256=sha256,
             size=path.stat().st_size,
             errors=tuple(verdict.errors),
             warnings=tuple(verdict.warnings),
@@ -118,6 +169,20 @@ class KeptResults:
         """The findings with a clinician's values in place: tracking id → measurement's meaning → value."""
         changed = tuple(_correct(each, corrections.get(each.tracking_id, {})) for each in findings.findings)
         return dataclasses.replace(findings, findings=changed)
+
+
+def _sources(context: ResultContext) -> list[Path | Dataset]:
+    """What a result is held against: whose it must be is read from the first source again, the rest was read already."""
+    return [context.source_files[0], *context.headers[1:]]
+
+
+def _check(sources: Sequence[Path | Dataset], companions: Sequence[Dataset]) -> Callable[[Path], Validation]:
+    others = tuple(companions)
+    return lambda path: validate(path, sources, others)
+
+
+def _check_apart(apart: Apart, sources: Sequence[Path]) -> Callable[[Path], Validation]:
+    return lambda path: apart.validate(path, sources)
 
 
 def _correct(finding: Finding, values: Mapping[str, Any]) -> Finding:

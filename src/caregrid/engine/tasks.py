@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import httpx
 import sqlalchemy as sa
 import structlog
+from pydicom import Dataset
+from pydicom.errors import InvalidDicomError
 
 from caregrid.domain.algorithm import Manifest
 from caregrid.domain.findings import Findings
@@ -24,7 +29,16 @@ from caregrid.engine.judge import CachedHeaders
 from caregrid.engine.kept import KeptResults, MadeResult
 from caregrid.errors import NoSuitableInput, ResultInvalid, WorkflowError
 from caregrid.registry.registry import Registry
-from caregrid.results import ResultContext, Reviewer, tracking_uid
+from caregrid.results import (
+    Apart,
+    Predecessor,
+    ResultContext,
+    Reviewer,
+    make_uid,
+    read_header,
+    tracking_uid,
+    unwritable,
+)
 from caregrid.runtime.exchange import finding_as_json
 from caregrid.runtime.runtime import Answer, Runtime
 from caregrid.store import audit
@@ -33,6 +47,21 @@ from caregrid.store.studies import load_study
 from caregrid.store.tables import finding, notification, now, result, review, run
 
 log = structlog.get_logger()
+
+_ASKED_FOR = (
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "SeriesNumber",
+    "FrameOfReferenceUID",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceThickness",
+    "Rows",
+    "Columns",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +90,7 @@ class Tasks:
         self.engine, self.folder = engine, folder
         self.registry, self.runtime, self.kept = registry, runtime, kept
         self.destinations, self.equipment = destinations, equipment
+        self.apart = Apart()
 
     @property
     def work(self) -> dict[str, Callable[[Job], Done]]:
@@ -110,29 +140,41 @@ class Tasks:
         manifest, package = self.registry.load(job.run["models"][job.task.id])
         folder = self.kept.folder(job.run["id"], job.task.id)
         findings, seconds = self.kept.findings(folder, manifest), None
+        ahead: Callable[[Path], Dataset] = read_header
         if findings is None:
-            answer = self._compute(job, manifest, package)
+            answer, ahead = self._compute(job, manifest, package)
             findings, seconds = answer.findings, answer.algorithm_seconds
             self.kept.keep_findings(folder, findings, answer.files)
             self.runtime.forget(answer)
-        context = self._context(job, manifest, findings)
-        made = self.kept.write(folder, context, findings, RESULT_FORMATS)
+        context = dataclasses.replace(self._context(job, manifest, findings), read=ahead)
+        made = self.kept.write(folder, context, findings, RESULT_FORMATS, self.apart)
         bad = [each for each in made if each.errors]
         if bad:
             self._record_invalid(job, made)
             raise ResultInvalid(kind=bad[0].kind, reason="; ".join(bad[0].errors[:3]))
+        without = [
+            f"no SEG is written for {label}: its pictures have no place in the patient" for label in unwritable(context, findings)
+        ]
         return Done(
-            {"summary": findings.summary, "values": findings.values, "warnings": list(findings.warnings)},
+            {"summary": findings.summary, "values": findings.values, "warnings": [*findings.warnings, *without]},
             write=lambda connection: self._record(connection, job, manifest, findings, made),
             reason=findings.summary,
             algorithm_seconds=seconds,
         )
 
-    def _compute(self, job: Job, manifest: Manifest, package: Path) -> Answer:
+    def _compute(self, job: Job, manifest: Manifest, package: Path) -> tuple[Answer, Callable[[Path], Dataset]]:
+        """The algorithm's answer, and the headers of its input, which are read while it computes."""
         files, extra = self._input(job)
         parameters = dict(job.task.options.get("parameters", {})) | extra
         wanted = StillWanted(self.engine, job.run["id"])
-        return self.runtime.answer(manifest, package, files, parameters, job.task.timeout_seconds, stop=lambda: not wanted())
+        paths = [path for series in files.values() for path in series]
+        if any(output.kind == "segment" for output in manifest.outputs):
+            self.apart.expect(paths)
+        with HeadersAhead(paths) as ahead:
+            answer = self.runtime.answer(
+                manifest, package, files, parameters, job.task.timeout_seconds, stop=lambda: not wanted()
+            )
+        return answer, ahead
 
     def _context(self, job: Job, manifest: Manifest, findings: Findings, reviewer: Reviewer | None = None) -> ResultContext:
         used = set(findings.used_instances)
@@ -150,13 +192,21 @@ class Tasks:
             task_id=job.task.id,
             uid_seed=f"{job.run['id']}/{job.task.id}{'/reviewed' if reviewer else ''}",
             started_at=datetime.fromisoformat(job.run["started_at"] or now()),
-            written_at=datetime.fromisoformat(job.run["started_at"] or now()),
+            written_at=reviewer.at if reviewer else self.kept.finished_at(self.kept.folder(job.run["id"], job.task.id)),
             device_serial=self.equipment.device_serial,
             institution=self.equipment.institution,
             station_name=self.equipment.station_name,
             software_version=self.equipment.software_version,
+            supersedes=self._unverified(job) if reviewer else (),
             reviewed=reviewer,
         )
+
+    def _unverified(self, job: Job) -> tuple[Predecessor, ...]:
+        """The report of the task as it was before a clinician looked at it."""
+        uid = make_uid(f"{job.run['id']}/{job.task.id}", "dicom_sr", "instance", 1)
+        with reading(self.engine) as connection:
+            row = connection.execute(sa.select(result).where(result.c.sop_instance_uid == uid)).mappings().first()
+        return (Predecessor(row["sop_class_uid"], uid, row["series_instance_uid"]),) if row else ()
 
     def _record(
         self, connection: sa.Connection, job: Job, manifest: Manifest, findings: Findings, made: Sequence[MadeResult]
@@ -334,6 +384,47 @@ class Tasks:
             )
 
         return Done({"state": state}, write=write, reason=f"{channel}: {state}")
+
+
+class HeadersAhead:
+    """Reads headers in a thread of its own while the algorithm, in another process, computes. Called: a file's header.
+
+    Each header is handed out once: who takes it may change it. It stops reading ahead at the end of the ``with`` block.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._read: dict[Path, Dataset] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="headers-ahead", daemon=True)
+
+    def __enter__(self) -> HeadersAhead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        for path in self._paths:
+            if self._stop.is_set():
+                return
+            try:
+                self._read[path] = _touched(read_header(path))
+            except (OSError, ValueError, InvalidDicomError):
+                return  # whoever needs the header of this file reads it again, and says what is wrong with it
+
+    def __call__(self, path: Path) -> Dataset:
+        """The header of ``path``."""
+        return self._read.pop(path) if path in self._read else read_header(path)
+
+
+def _touched(header: Dataset) -> Dataset:
+    """The header with what every writer asks for turned into values already."""
+    for keyword in _ASKED_FOR:
+        header.get(keyword)
+    return header
 
 
 class StillWanted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 
 from highdicom import _standard_utils
@@ -11,17 +11,21 @@ from pydicom.dataset import Dataset
 
 from caregrid.domain.findings import Findings
 from caregrid.results import dicom_sc, dicom_seg, dicom_sr
-from caregrid.results._common import Predecessor, ResultContext, Reviewer, Sent, make_uid, tracking_uid
+from caregrid.results._apart import Apart
+from caregrid.results._common import Predecessor, ResultContext, Reviewer, Sent, make_uid, read_header, tracking_uid
 from caregrid.results._validation import Validation, validate
 from caregrid.results.dicom_seg import unwritable
 
 __all__ = [
+    "Apart",
     "Predecessor",
     "ResultContext",
     "Reviewer",
     "Sent",
     "Validation",
+    "each_result",
     "make_uid",
+    "read_header",
     "tracking_uid",
     "unwritable",
     "validate",
@@ -63,13 +67,19 @@ def write_results(
     segmentations: SEG objects already written, for an SR that is written later (verified by a clinician) without new ones.
     Raises KeyError for a format the slot does not have, ResultInvalid when the findings do not fit their source.
     """
+    return list(each_result(context, findings, formats, segmentations))
+
+
+def each_result(
+    context: ResultContext, findings: Findings, formats: Collection[str], segmentations: Sequence[Dataset] = ()
+) -> Iterator[tuple[str, Dataset]]:
+    """As ``write_results``, one by one as they are ready: an object can be stored and checked while the next is made."""
     unknown = set(formats) - {dicom_seg.FORMAT, dicom_sr.FORMAT, dicom_sc.FORMAT}
     if unknown:
         raise KeyError(f"there is no result format {', '.join(sorted(unknown))}")
     written = dicom_seg.write(context, findings) if dicom_seg.FORMAT in formats else []
-    made = [(dicom_seg.FORMAT, dataset) for dataset in written]
+    yield from ((dicom_seg.FORMAT, dataset) for dataset in written)
     if dicom_sr.FORMAT in formats:
-        made += [(dicom_sr.FORMAT, dataset) for dataset in dicom_sr.write(context, findings, written or segmentations)]
+        yield from ((dicom_sr.FORMAT, dataset) for dataset in dicom_sr.write(context, findings, written or segmentations))
     if dicom_sc.FORMAT in formats:
-        made += [(dicom_sc.FORMAT, dataset) for dataset in dicom_sc.write(context, findings)]
-    return made
+        yield from ((dicom_sc.FORMAT, dataset) for dataset in dicom_sc.write(context, findings))

@@ -60,11 +60,15 @@ def check_uids(subject: Subject) -> Iterator[str]:
         yield "SOPInstanceUID is a source instance"
 
 
-def check_class(subject: Subject) -> Iterator[str]:
-    """SOP Class is one we make, and the file meta says the same as the data set (6.1.3)."""
-    dataset = subject.dataset
+def check_result_class(subject: Subject) -> Iterator[str]:
+    """SOP Class is one we make (6.1.3)."""
     if subject.sop_class not in MODALITIES:
         yield "SOPClassUID is not a result class"
+
+
+def check_class(subject: Subject) -> Iterator[str]:
+    """The file meta says the same as the data set, in an encoding every receiver takes (6.1.3)."""
+    dataset = subject.dataset
     if dataset.file_meta.get("MediaStorageSOPClassUID") != dataset.get("SOPClassUID"):
         yield "the file meta names another SOP Class"
     if dataset.file_meta.get("MediaStorageSOPInstanceUID") != dataset.get("SOPInstanceUID"):
@@ -208,6 +212,7 @@ def _missing(dataset: Dataset, path: Sequence[str], keyword: str, kind: str) -> 
 CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("A", "6.1.1", check_identity),
     ("A", "6.1.2", check_uids),
+    ("A", "6.1.3", check_result_class),
     ("A", "6.1.3", check_class),
     ("A", "6.1.4", check_character_set),
     ("A", "6.1.5", check_series),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -98,6 +98,11 @@ class Sent:
     transient: bool = False
 
 
+def read_header(path: Path) -> Dataset:
+    """All of a file but its pixels."""
+    return dcmread(path, stop_before_pixels=True)
+
+
 @dataclass(frozen=True)
 class ResultContext:
     """Everything about a result that is not the finding itself.
@@ -105,6 +110,7 @@ class ResultContext:
     source_files: the instances the algorithm was given, as received. uid_seed: the same seed gives the same UIDs, so a
     retry of the same run writes the same objects; a new run must have a new seed. started_at: start of the analysis,
     aware. written_at: creation time of the objects, aware; None: now (hand it in to make a retry equal to the byte).
+    read: gives the header of a source file, a fresh one each time, for who has read it already.
     """
 
     source_files: tuple[Path, ...]
@@ -121,11 +127,12 @@ class ResultContext:
     supersedes: tuple[Predecessor, ...] = ()
     reviewed: Reviewer | None = None
     written_at: datetime | None = None
+    read: Callable[[Path], Dataset] = read_header
 
     @cached_property
     def _loaded(self) -> tuple[Dataset, tuple[Dataset, ...]]:
         """Identity of the source study, and the headers with the identity blanked (see blank_identity)."""
-        headers = tuple(dcmread(path, stop_before_pixels=True) for path in self.source_files)
+        headers = tuple(self.read(path) for path in self.source_files)
         if not headers:
             raise ResultInvalid(kind="result", reason="no source instance was named")
         identity = copy_identity(headers[0])

@@ -18,6 +18,9 @@ from caregrid.results._subject import KO, SR
 
 _SECONDS = 120
 
+#: Those that say only whether a file can be read.
+READERS = ("dcmftest", "dcmdump", "dsrdump")
+
 #: What we copy from the source as it is: its faults are the source's, and must not hold a result back.
 _COPIED = {*IDENTITY_TYPE_2, *IDENTITY_TYPE_3}
 _COPIED_TAGS = {tag for keyword in _COPIED if (tag := tag_for_keyword(keyword)) is not None}
@@ -32,32 +35,36 @@ class Opinion:
     warnings: tuple[str, ...] = ()
 
 
-def ask(sop_class: str, raw: bytes) -> list[Opinion]:
-    """The opinions of all tools on this machine that can judge the object, in parallel."""
-    judges: list[Callable[[Path], Opinion | None]] = [_dcmftest, _dcmdump, _dciodvfy]
+def ask(sop_class: str, result: Path | bytes) -> list[Opinion]:
+    """The opinions of all tools on this machine that can judge the object, in parallel. result: its file, or its bytes."""
+    if isinstance(result, bytes):
+        with tempfile.TemporaryDirectory(prefix="caregrid-check-") as folder:
+            path = Path(folder) / "result.dcm"
+            path.write_bytes(result)
+            return ask(sop_class, path)
+    judges: list[Callable[[Path], Opinion | None]] = [_dciodvfy, _dcmdump, _dcmftest]
     if sop_class in (SR, KO):
         judges.append(_dsrdump)
-    with tempfile.TemporaryDirectory(prefix="caregrid-check-") as folder, ThreadPoolExecutor(len(judges)) as pool:
-        path = Path(folder) / "result.dcm"
-        path.write_bytes(raw)
-        return [opinion for opinion in pool.map(lambda judge: judge(path), judges) if opinion is not None]
+    with ThreadPoolExecutor(len(judges)) as pool:
+        return [opinion for opinion in pool.map(lambda judge: judge(result), judges) if opinion is not None]
 
 
-def _run(arguments: list[str]) -> tuple[int, str] | None:
-    """Exit code and all output; None when the tool is not installed."""
+def _run(arguments: list[str], listen: bool) -> tuple[int, str] | None:
+    """Exit code, and all output where somebody listens; None when the tool is not installed."""
     tool = shutil.which(arguments[0])
     if tool is None:
         return None
     try:
-        done = subprocess.run([tool, *arguments[1:]], capture_output=True, timeout=_SECONDS, check=False)
+        said = subprocess.PIPE if listen else subprocess.DEVNULL
+        done = subprocess.run([tool, *arguments[1:]], stdout=said, stderr=said, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return 1, f"did not finish in {_SECONDS} s"
-    return done.returncode, (done.stdout + done.stderr).decode("utf-8", "replace")
+    return done.returncode, ((done.stdout or b"") + (done.stderr or b"")).decode("utf-8", "replace")
 
 
 def _plain(tool: str, arguments: list[str]) -> Opinion | None:
     """The opinion of a tool that says only yes or no."""
-    said = _run([tool, *arguments])
+    said = _run([tool, *arguments], listen=False)
     if said is None:
         return None
     return Opinion(tool, errors=() if said[0] == 0 else (f"exit code {said[0]}",))
@@ -76,7 +83,7 @@ def _dsrdump(path: Path) -> Opinion | None:
 
 
 def _dciodvfy(path: Path) -> Opinion | None:
-    said = _run(["dciodvfy", str(path)])
+    said = _run(["dciodvfy", str(path)], listen=True)
     return None if said is None else read_dciodvfy(said[1])
 
 

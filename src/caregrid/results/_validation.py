@@ -27,6 +27,15 @@ CHECKS: tuple[tuple[str, str, Check], ...] = (
     *_check_carriers.CHECKS,
 )
 
+#: Asked of objects that an algorithm made itself too.
+_OF_ANYONE = (
+    _check_object.check_identity,
+    _check_object.check_uids,
+    _check_object.check_class,
+    _check_object.check_character_set,
+    _check_seg.geometry,
+    _check_seg.pixels,
+)
 
 #: What the checks read of a source instance.
 _NEEDED = (
@@ -66,32 +75,35 @@ def validate(
     sources: Sequence[Path | Dataset] = (),
     companions: Sequence[Dataset] = (),
     tools: bool = True,
+    ours: bool = True,
 ) -> Validation:
     """Check one SEG, SR, SC or KOS object.
 
     sources: the instances the algorithm read (files as received), for what must be copied from them. companions: other
     results of the run, for what must agree between them. tools: also ask dcmtk and dciodvfy where they are installed.
+    ours: False for an object that an algorithm made itself. Then whose it is, where it lies and whether it can be read are held
+    against it; that it is not made as ours are is a warning.
     """
     raw = _bytes(result)
     try:
         dataset = dcmread(BytesIO(raw))
     except (InvalidDicomError, EOFError, ValueError, OSError):
         return Validation(errors=("6.1.9: not a readable DICOM file",))
-    headers = tuple(_header(item) for item in sources)
+    headers = tuple(source_header(item) for item in sources)
     subject = Subject(dataset, raw, headers, tuple(companions))
     with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(_tools.ask, subject.sop_class, raw) if tools else None
+        asking = pool.submit(_tools.ask, subject.sop_class, result if isinstance(result, Path) else raw) if tools else None
         said: dict[str, list[str]] = {"A": [], "B": []}
         for level, line, check in CHECKS:
-            said[level] += [f"{line}: {fault}" for fault in check(subject)]
+            said[level if ours or check in _OF_ANYONE else "B"] += [f"{line}: {fault}" for fault in check(subject)]
         opinions = asking.result() if asking else []
-    errors = [f"{opinion.tool}: {fault}" for opinion in opinions for fault in opinion.errors]
-    warnings = [f"{opinion.tool}: {remark}" for opinion in opinions for remark in opinion.warnings]
-    asked = ("caregrid", *(opinion.tool for opinion in opinions))
-    return Validation((*said["A"], *errors), (*said["B"], *warnings), asked)
+    for opinion in opinions:
+        said["A" if ours or opinion.tool in _tools.READERS else "B"] += [f"{opinion.tool}: {fault}" for fault in opinion.errors]
+        said["B"] += [f"{opinion.tool}: {remark}" for remark in opinion.warnings]
+    return Validation(tuple(said["A"]), tuple(said["B"]), ("caregrid", *(opinion.tool for opinion in opinions)))
 
 
-def _header(source: Path | Dataset) -> Dataset:
+def source_header(source: Path | Dataset) -> Dataset:
     """What the checks need of a source."""
     if isinstance(source, Dataset):
         return source

@@ -52,6 +52,8 @@ def unwritable(context: ResultContext, findings: Findings) -> tuple[str, ...]:
     """Labels of segments that no SEG is written for: DICOM viewers and highdicom place a SEG frame by its position in the
     patient, and the frames of a cine have none. Such a finding is carried by the SR (frames) and by a picture.
     """
+    if not any(_frames(header) > 1 for header in context.headers):
+        return ()
     return tuple(
         segment.label
         for uid, segments in _by_series(findings).items()

@@ -48,7 +48,7 @@ def write(context: ResultContext, findings: Findings, segmentations: Sequence[Da
     """
     used = context.used(findings)
     regions = _regions(findings, segmentations, used)
-    groups = [_group(context, finding, used, regions) for finding in findings.findings] or _nothing_found(context, used)
+    groups = [_group(context, finding, regions) for finding in findings.findings] or _nothing_found(context)
     valueless, planar = _valueless(groups, findings), _planar(groups)
     report = sr.MeasurementReport(
         observation_context=_observer(context),
@@ -66,6 +66,10 @@ def write(context: ResultContext, findings: Findings, segmentations: Sequence[Da
         **series_arguments(context, FORMAT),
     )
     _add_image_library(dataset, used)
+    for finding, group in zip(findings.findings, groups, strict=False):
+        if _region(finding, regions) is None:
+            # After highdicom has made the report, like the image library: it would copy hundreds of pictures three times.
+            group[0].ContentSequence.extend(_source_images(finding, used))
     for item in valueless:
         item.MeasuredValueSequence = []
     for item in planar:
@@ -135,12 +139,16 @@ Group = (
 )
 
 
-def _group(context: ResultContext, finding: Finding, used: Sequence[Dataset], regions: dict[str, _Region]) -> Group:
+def _region(finding: Finding, regions: dict[str, _Region]) -> _Region | None:
+    return regions.get(finding.segment[:64]) if finding.segment else None
+
+
+def _group(context: ResultContext, finding: Finding, regions: dict[str, _Region]) -> Group:
     """TID 1411 (a volume), TID 1410 (one picture) when the finding has a segment in a SEG, else TID 1501."""
-    region = regions.get(finding.segment[:64]) if finding.segment else None
+    region = _region(finding, regions)
     arguments = _group_arguments(context, finding, region)
     if region is None:
-        return sr.MeasurementsAndQualitativeEvaluations(source_images=_source_images(finding, used), **arguments)
+        return sr.MeasurementsAndQualitativeEvaluations(**arguments)
     if len(region.sources) == 1 and len(region.frames) == _PLANAR_FRAMES:
         return sr.PlanarROIMeasurementsAndQualitativeEvaluations(referenced_segment=_segment_frame(region), **arguments)
     return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
@@ -226,7 +234,8 @@ def _evaluation(item: Evaluation) -> sr.QualitativeEvaluation:
     return sr.QualitativeEvaluation(name=coded(item.concept), value=coded(item.value))
 
 
-def _source_images(finding: Finding, used: Sequence[Dataset]) -> list[sr.SourceImageForMeasurementGroup] | None:
+def _source_images(finding: Finding, used: Sequence[Dataset]) -> list[sr.SourceImageForMeasurementGroup]:
+    """The pictures a finding without a segment was seen in."""
     chosen = [header for header in used if str(header.SOPInstanceUID) in finding.source_instances and "Rows" in header]
     frames = list(finding.frames) or None
     return [
@@ -234,10 +243,10 @@ def _source_images(finding: Finding, used: Sequence[Dataset]) -> list[sr.SourceI
             header.SOPClassUID, header.SOPInstanceUID, frames if "NumberOfFrames" in header else None
         )
         for header in chosen
-    ] or None
+    ]
 
 
-def _nothing_found(context: ResultContext, used: Sequence[Dataset]) -> list[Group]:
+def _nothing_found(context: ResultContext) -> list[Group]:
     """One group that says absent, by code, of everything the algorithm looks for."""
     looked_for = [output for output in context.manifest.outputs if output.kind in ("segment", "evaluation", "finding")]
     concepts = [output.concept for output in looked_for] or [CLINICAL_FINDING]
@@ -245,7 +254,6 @@ def _nothing_found(context: ResultContext, used: Sequence[Dataset]) -> list[Grou
         _group(
             context,
             Finding(tracking_id=f"absent-{number}", concept=concept, evaluations=(Evaluation(PRESENCE, ABSENT),)),
-            used,
             {},
         )
         for number, concept in enumerate(concepts, start=1)

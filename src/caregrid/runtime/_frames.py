@@ -9,6 +9,8 @@ from pydicom.dataset import Dataset
 
 def frame_count(dataset: Dataset) -> int:
     """NumberOfFrames; 1 where it is absent, empty or not a number."""
+    if "NumberOfFrames" not in dataset:
+        return 1
     try:
         return max(1, int(dataset.get("NumberOfFrames") or 1))
     except (TypeError, ValueError):

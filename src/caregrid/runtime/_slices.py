@@ -236,7 +236,7 @@ def _dimensions(header: Dataset, frame: int) -> dict[tuple[str, str], Any]:
     found: dict[tuple[str, str], Any] = {}
     for code, group, keyword in _DIMENSIONS:
         item = _frames.macro(header, frame, group) if group else header
-        value = item.get(keyword) if item is not None else None
+        value = item.get(keyword) if item is not None and keyword in item else None
         if value is not None and value != "":
             found[(code, keyword)] = _plain(value)
     return found
