@@ -82,7 +82,7 @@ class KeptResults:
 
     def finished_at(self, folder: Path) -> datetime:
         """When the algorithm had finished: the creation time of its results, the same at every retry."""
-        said = json.loads((folder / "findings" / _FINISHED).read_text(encoding="utf-8"))
+        said = json.loads((folder / "findings" / _FINISHED).read_bytes())
         return datetime.fromisoformat(said["finished_at"])
 
     def write(
