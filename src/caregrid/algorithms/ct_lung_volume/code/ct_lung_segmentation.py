@@ -49,10 +49,11 @@ def find_lungs(hu: NDArray[Any], spacing: tuple[float, float, float]) -> Lungs:
     steps = tuple(max(1, round(GRID_MM / size)) for size in spacing)
     coarse = _shrink(hu, steps)
     sizes = tuple(size * step for size, step in zip(spacing, steps, strict=True))
-    inside = _air_inside_body(coarse, sizes)
+    body = _body(coarse, sizes)
+    inside = ~body & ~_outside(body) & (coarse <= TISSUE_HU)
     trachea = _trachea(coarse, inside, sizes)
     candidates = _lung_parts(coarse, inside & ~trachea, sizes)
-    left, right, split = _part_sides(candidates, sizes)
+    left, right, split = _part_sides(candidates, _middle(body), sizes)
     masks = [_refine(hu, _close(side, sizes), trachea, steps) for side in (left, right)]
     masks[1] &= ~masks[0]
     both = masks[0] | masks[1]
@@ -70,8 +71,8 @@ def _shrink(hu: NDArray[Any], steps: tuple[int, ...]) -> NDArray[np.float32]:
     return total / np.float32(np.prod(steps))
 
 
-def _air_inside_body(coarse: NDArray[np.float32], sizes: tuple[float, ...]) -> Mask:
-    """Air that is enclosed, slice by slice, by the largest piece of tissue (the table is another piece)."""
+def _body(coarse: NDArray[np.float32], sizes: tuple[float, ...]) -> Mask:
+    """The largest piece of tissue, its air left out; the table is another piece."""
     tissue = coarse > TISSUE_HU
     radius = max(1, round(3.0 / sizes[1]))
     opened = ndimage.binary_erosion(tissue, _IN_PLANE, iterations=radius)
@@ -79,8 +80,7 @@ def _air_inside_body(coarse: NDArray[np.float32], sizes: tuple[float, ...]) -> M
     if count == 0:
         return np.zeros_like(tissue)
     body = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    body = ndimage.binary_dilation(body, _IN_PLANE, iterations=radius) & tissue
-    return ~body & ~_outside(body) & ~tissue
+    return ndimage.binary_dilation(body, _IN_PLANE, iterations=radius) & tissue
 
 
 def _outside(body: Mask) -> Mask:
@@ -142,11 +142,10 @@ def _lung_parts(coarse: NDArray[np.float32], air: Mask, sizes: tuple[float, ...]
     return kept[labels]
 
 
-def _part_sides(lungs: Mask, sizes: tuple[float, ...]) -> tuple[Mask, Mask, str]:
+def _part_sides(lungs: Mask, middle: float, sizes: tuple[float, ...]) -> tuple[Mask, Mask, str]:
     """Left and right lung: as connected parts, else eroded until they part, else cut at the middle."""
     if not lungs.any():
         return lungs, lungs.copy(), "none"
-    middle = _middle(lungs)
     step = max(1, round(3.0 / sizes[2]))
     for rounds in range(0, 1 + round(SPLIT_MM / (sizes[2] * step))):
         seeds = lungs if rounds == 0 else ndimage.binary_erosion(lungs, _IN_PLANE, iterations=rounds * step)
@@ -157,10 +156,10 @@ def _part_sides(lungs: Mask, sizes: tuple[float, ...]) -> tuple[Mask, Mask, str]
     return lungs & columns, lungs & ~columns, "cut at the middle"
 
 
-def _middle(lungs: Mask) -> float:
-    """Column half-way between the outermost lung columns."""
-    columns = np.flatnonzero(lungs.any(axis=(0, 1)))
-    return float(columns[0] + columns[-1] + 1) / 2
+def _middle(body: Mask) -> float:
+    """Column half-way between the outermost columns of the body; the middle of the picture without one."""
+    columns = np.flatnonzero(body.any(axis=(0, 1)))
+    return float(columns[0] + columns[-1] + 1) / 2 if len(columns) else body.shape[2] / 2
 
 
 def _seed_sides(seeds: Mask, middle: float) -> tuple[Mask, Mask] | None:
@@ -173,7 +172,8 @@ def _seed_sides(seeds: Mask, middle: float) -> tuple[Mask, Mask] | None:
     share = left_of / np.maximum(total, 1)
     large = total > 0.1 * total[1:].sum()
     large[0] = False
-    if (large & (share > 0.2) & (share < 0.8)).any():
+    # Both lungs in one part lie about half on each side; a single lung reaches over the middle by less.
+    if (large & (share > 0.3) & (share < 0.7)).any():
         return None
     is_left = share >= 0.5
     is_left[0] = False

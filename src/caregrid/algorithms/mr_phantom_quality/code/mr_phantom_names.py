@@ -105,9 +105,9 @@ def within_limits(task: str, values: Sequence[float | None], limits: Mapping[str
     if task == "acr_slice_position":
         return all(abs(number) <= limits["slice_position_mm"] for number in numbers)
     if task == "acr_slice_thickness":
-        return abs(numbers[0] - 5.0) <= limits["slice_thickness_error_mm"]
+        return round(abs(numbers[0] - 5.0), 6) <= limits["slice_thickness_error_mm"]
     if task == "acr_geometric_accuracy":
-        return all(abs(number - 190.0) <= limits["diameter_error_mm"] for number in numbers)
+        return all(round(abs(number - 190.0), 6) <= limits["diameter_error_mm"] for number in numbers)
     return numbers[0] <= limits["resolution_mm"]
 
 
