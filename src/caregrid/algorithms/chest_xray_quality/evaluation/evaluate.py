@@ -1,7 +1,7 @@
 """Measures chest-xray-quality on the X-rays of a clinic it was not trained on; prints the figures of the model card as JSON.
 
     python evaluate.py SOURCE_B_FOLDER             the figures
-    python evaluate.py SOURCE_A_FOLDER --tune      the two exposure thresholds, from the training source alone
+    python evaluate.py SOURCE_A_FOLDER --tune      the three exposure thresholds, from the training source alone
 
 Every picture is shown in all eight turns, as it is and as negative: 16 cases a picture. Faults of exposure are made: clipped
 bright (the upper third cut off), clipped dark (the lower third cut off), flat (a quarter of the contrast, but not of markers).
