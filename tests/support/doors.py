@@ -92,6 +92,19 @@ def association_request(
     return pdu(1, body)
 
 
+def store_request(sop_class: str, sop_instance: str, context: int = 1) -> bytes:
+    """A C-STORE-RQ whose data set is to follow, as a P-DATA-TF."""
+    values = ((0x0002, sop_class.encode()), (0x0100, b"\1\0"), (0x0110, b"\7\0"), (0x0700, b"\0\0"), (0x0800, b"\1\0"))
+    padded = [(tag, value + b"\0" * (len(value) % 2)) for tag, value in (*values, (0x1000, sop_instance.encode()))]
+    body = b"".join(struct.pack("<HHI", 0, tag, len(value)) + value for tag, value in padded)
+    return data_value(struct.pack("<HHII", 0, 0, 4, len(body)) + body, 3, context)
+
+
+def data_value(data: bytes, flags: int, context: int = 1) -> bytes:
+    """A P-DATA-TF with one presentation data value. flags: 1 command, 2 last."""
+    return pdu(4, struct.pack(">IBB", len(data) + 2, context, flags) + data)
+
+
 @contextmanager
 def connected(port: int, *first: bytes) -> Iterator[socket.socket]:
     """A bare connection, ``first`` sent on it."""

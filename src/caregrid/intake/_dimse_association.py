@@ -15,6 +15,7 @@ from caregrid.domain.study import Incoming, Receipt, Source
 from caregrid.errors import IntakeError
 from caregrid.intake import _dimse_pdu as pdu
 from caregrid.intake._dimse_wire import Body, PeerClosed, Wire
+from caregrid.store.instances import Hashed
 
 log = structlog.get_logger()
 
@@ -234,12 +235,13 @@ class Association:
         abstract_syntax, transfer_syntax = self._contexts[self._context_id]
         if abstract_syntax == pdu.VERIFICATION:
             return CLASS_NOT_SUPPORTED, ""
-        incoming = Incoming(
+        incoming = Hashed(
             source=self.source,
             chunks=self._body.chunks(),
             sop_class_uid=pdu.uid_of(command.get(pdu.AFFECTED_CLASS, b"")),
             sop_instance_uid=pdu.uid_of(command.get(pdu.AFFECTED_INSTANCE, b"")),
             transfer_syntax_uid=transfer_syntax,
+            sha256=self._body.sha256,
         )
         if self._body.refused:
             self.door.reject(self.source, "object", str(self._body.refused.details.get("reason", "no space to receive it")))

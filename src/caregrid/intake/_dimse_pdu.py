@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pydicom.config import IGNORE
 from pydicom.uid import UID
 
 A_ASSOCIATE_RQ, A_ASSOCIATE_AC, A_ASSOCIATE_RJ, P_DATA, A_RELEASE_RQ, A_RELEASE_RP, A_ABORT = 1, 2, 3, 4, 5, 6, 7
@@ -57,7 +58,7 @@ class Request:
 
 def is_storage(abstract_syntax: str) -> bool:
     """Whether an abstract syntax is a kind of object to keep: every standard storage class, and every private class."""
-    uid = UID(abstract_syntax)
+    uid = _uid(abstract_syntax)
     if not uid.is_valid:
         return False
     if not uid.startswith("1.2.840.10008."):
@@ -65,6 +66,10 @@ def is_storage(abstract_syntax: str) -> bool:
     if uid.name == uid:  # newer than our dictionary
         return uid.startswith("1.2.840.10008.5.1.4.1.1.")
     return uid.startswith("1.2.840.10008.5.1.4.") and "Storage" in uid.name
+
+
+def _uid(text: str) -> UID:
+    return UID(text, IGNORE)  # what a peer offers may be no UID at all: that is answered, not warned of
 
 
 def read_request(body: bytes) -> Request:
@@ -99,7 +104,7 @@ def choose(proposed: Proposed) -> tuple[int, str]:
 
     Objects are kept as they come, so what the sender likes best is best: it need not change anything before sending.
     """
-    syntaxes = [each for each in proposed.transfer_syntaxes if UID(each).is_valid]
+    syntaxes = [each for each in proposed.transfer_syntaxes if _uid(each).is_valid]
     if proposed.abstract_syntax != VERIFICATION and not is_storage(proposed.abstract_syntax):
         return 3, syntaxes[0] if syntaxes else IMPLICIT_LITTLE
     return (0, syntaxes[0]) if syntaxes else (4, IMPLICIT_LITTLE)
