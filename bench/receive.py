@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to work; its disk is what is measured")
     asked = parser.parse_args()
     os.environ["TCP_NODELAY"] = "1"
-    counts = (40, 80, 60, 120) if asked.quick else (200, 400, 400, 800)
+    counts = (120, 240, 200, 400) if asked.quick else (300, 600, 600, 1200)
     plan = dict(zip(((1, ""), (4, ""), (1, "_30k"), (4, "_30k")), counts, strict=True))
     figures, began, receivers = Figures(), time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="caregrid-bench-", dir=asked.folder) as place:
