@@ -21,6 +21,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ log = structlog.get_logger()
 BLOCK = 4096
 _MAGIC = b"CGJ1"
 _HEAD = struct.Struct("<4sIQQQI")  # magic, checksum of the rest, turn, number, length of the file, length of the label
+_SUFFIX, _UNFINISHED = ".journal", ".new"
 _PIECES = 512  # of one writev; the kernel takes 1024
 
 
@@ -63,7 +65,9 @@ class Segment:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path, self.size = path, size
-        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        # Under another name until it is locked and whole: nobody may take it for one that was left behind.
+        unfinished = path.with_suffix(_UNFINISHED)
+        self.handle = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         fcntl.flock(self.handle, fcntl.LOCK_EX)
         self.place = self.number = self.turn = 0
         self.keeping = 0
@@ -71,6 +75,8 @@ class Segment:
         for start in range(0, size, len(zeros)):
             os.pwrite(self.handle, zeros[: size - start], start)
         os.fsync(self.handle)
+        os.rename(unfinished, path)
+        sync_folder(path.parent)
 
     def begin(self) -> None:
         """Start over."""
@@ -237,8 +243,7 @@ class Journal:
             if free_bytes(self.folder) < self.floor + 4 * self.segment_bytes:
                 log.warning("no journal", reason="too little free space")
                 return
-            segment = Segment(self.folder / f"{secrets.token_hex(16)}.journal", self.segment_bytes)
-            sync_folder(self.folder)
+            segment = Segment(self.folder / f"{secrets.token_hex(16)}{_SUFFIX}", self.segment_bytes)
             with self._changed:
                 self._free.append(segment)
 
@@ -269,15 +274,33 @@ def _sync(touched: list[Ticket]) -> None:
 
 def leftovers(folder: Path) -> Iterator[tuple[Path, Iterator[tuple[Label, bytes]]]]:
     """Each segment of a process that is gone, with its whole records in order. The caller removes it once they are kept."""
-    for path in sorted(folder.glob("*.journal")) if folder.is_dir() else []:
+    for path in sorted(folder.glob(f"*{_UNFINISHED}")):
+        with _left_alone(path) as handle:
+            if handle is not None:
+                path.unlink(missing_ok=True)
+    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+        with _left_alone(path) as handle:
+            if handle is not None:
+                yield path, _records(handle)
+
+
+@contextmanager
+def _left_alone(path: Path) -> Iterator[int | None]:
+    """The file opened and locked; None when a living process has it, or it is gone."""
+    try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield path, _records(handle)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(handle)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = True
+    except BlockingIOError:
+        mine = False
+    try:
+        yield handle if mine else None
+    finally:
+        os.close(handle)
 
 
 def _records(handle: int) -> Iterator[tuple[Label, bytes]]:

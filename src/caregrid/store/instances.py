@@ -53,6 +53,7 @@ class InstanceStore:
         self.engine, self.folder, self.floor = engine, folder, free_bytes_floor
         self._journal: Journal | None = None
         self._journal_after, self._starting = journal_after, threading.Lock()
+        self._recovery: threading.Thread | None = None
         for name in _FOLDERS:
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._index = Index(engine)
@@ -126,9 +127,12 @@ class InstanceStore:
 
     def _start_journal(self) -> Journal | None:
         """A process that receives a lot gets a journal; it is not worth its 128 MiB for the odd object."""
-        if self._journal_after is None:
-            return None
         with self._starting:
+            if self._recovery is None:
+                self._recovery = threading.Thread(target=self._recover, name="journal-recovery", daemon=True)
+                self._recovery.start()
+            if self._journal_after is None:
+                return None
             self._journal_after -= 1
             if self._journal is None and self._journal_after < 0:
                 self._journal = Journal(self.folder / "journal", self._settle, self.floor)
@@ -138,7 +142,8 @@ class InstanceStore:
         self.engine.dispose(close=False)
         if self._journal:
             self._journal.forget()
-        self._journal, self._starting, self._index = None, threading.Lock(), Index(self.engine)
+        self._journal, self._recovery, self._starting = None, None, threading.Lock()
+        self._index = Index(self.engine)
 
     def _settle(self) -> None:
         sync_file_system(self.folder)
@@ -146,20 +151,25 @@ class InstanceStore:
 
     def close(self) -> None:
         """Settle and remove the journal. Without this the next ``sweep`` does it."""
+        if self._recovery:
+            self._recovery.join()
         if self._journal:
             self._journal.close()
             self._journal = None
         self._index.close()
 
     def _recover(self) -> None:
-        """Keep, in their places, the objects that were promised by a process that is gone."""
+        """Keep, in their places, the objects that were promised by a process that is gone.
+
+        Done by ``sweep``, and once in every process that receives: it may take the place of one that was killed.
+        """
         for path, records in leftovers(self.folder / "journal"):
             try:
                 for label, content in records:
                     self._restore(label, content)
                 self._settle()
-                path.unlink()
-            except (StoreFull, SQLAlchemyError, IntakeError) as error:
+                path.unlink(missing_ok=True)
+            except (OSError, SQLAlchemyError, IntakeError) as error:
                 log.error("journal not recovered", error=type(error).__name__)
 
     def _restore(self, label: Label, content: bytes) -> None:
