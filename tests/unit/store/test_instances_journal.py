@@ -177,10 +177,11 @@ def test_a_process_that_takes_the_place_of_a_killed_one_keeps_what_that_had_prom
     study = new_study(30)
     for each in study:
         first.receive(incoming(each))
-        wait_for(lambda: first._journal and (first._journal._active or first._journal._free), 10, "the journal")
-    assert first._journal
+        journal = first._journal
+        assert journal
+        wait_for(lambda: len(journal._free) + bool(journal._active) == 2, 10, "both segments")  # noqa: B023
     kept = {each.name: each.read_bytes() for each in (tmp_path / "store" / "instances").rglob("*.dcm")}
-    abandoned(first._journal)
+    abandoned(journal)
     # The first came before there was a journal: its own file was synced.
     every = sorted((tmp_path / "store" / "instances").rglob("*.dcm"))
     lost = [each for each in every if not each.name.startswith(study[0].SOPInstanceUID)][5:25]
