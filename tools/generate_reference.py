@@ -36,18 +36,25 @@ SECTIONS = (
 
 def settings_page() -> str:
     """Every section of site.toml, from the settings classes."""
-    out = [MADE, "# site.toml\n\nAn unknown key is an error. Times are in seconds, sizes in bytes; a path is relative to the file.\n"]
+    out = [
+        MADE,
+        "# site.toml\n\nAn unknown key is an error. Times are in seconds, sizes in bytes; a path is relative to the file.\n",
+    ]
     out.append("\n## [site]\n\n| key | type | default |\n| --- | --- | --- |\n")
     site = {field.name: field for field in dataclasses.fields(settings.SiteSettings)}
     for key in ("name", "institution", "station_name", "data", "database", "sandbox"):
-        default = {"name": "needed", "data": '"data"', "database": "SQLite in the data folder", "institution": "the name"}.get(key)
+        default = {"name": "needed", "data": '"data"', "database": "SQLite in the data folder", "institution": "the name"}.get(
+            key
+        )
         out.append(f"| `{key}` | text | {default or _shown(site[key].default)} |\n")
     for title, kind in SECTIONS:
         out.append(f"\n## {title}\n\n{inspect.getdoc(kind)}\n\n| key | type | default |\n| --- | --- | --- |\n")
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             out.append(f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} |\n")
-    out.append("\n`CAREGRID_DATABASE_URL` in the environment overrides `[site] database`, so that a password need not stand in the file.\n")
+    out.append(
+        "\n`CAREGRID_DATABASE_URL` in the environment overrides `[site] database`, so that a password need not stand in the file.\n"
+    )
     return "".join(out)
 
 
@@ -82,7 +89,9 @@ def states_page() -> str:
         for old, news in table.items():
             out += [f"    {_node(old)} --> {_node(new)}\n" for new in sorted(news) if new != old]
         out.append("```\n")
-    out.append("\n## Who may do what\n\n| action | " + " | ".join(roles.ROLES) + " |\n| --- |" + " --- |" * len(roles.ROLES) + "\n")
+    out.append(
+        "\n## Who may do what\n\n| action | " + " | ".join(roles.ROLES) + " |\n| --- |" + " --- |" * len(roles.ROLES) + "\n"
+    )
     for action, allowed in roles.ACTIONS.items():
         out.append(f"| {action} | " + " | ".join("yes" if role in allowed else "" for role in roles.ROLES) + " |\n")
     return "".join(out)

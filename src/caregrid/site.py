@@ -132,21 +132,25 @@ class Site:
 
     def run_receiver(self) -> None:
         """The DIMSE and folder doors."""
+        self.store.sweep()
         door = load("intake", "dimse").DimseDoor(
             self.settings.dimse,
             self.store.receive,
             allowed=lambda ae, ip: is_allowed(self.engine, ae, ip),
             rejected=self._rejected,
+            spool=self.folder / "tmp",
         )
         doors = [door]
         if self.settings.folder.path:
             doors.append(load("intake", "folder").FolderDoor(self.settings.folder, self.store.receive, self._rejected))
+        # The DIMSE door may fork, so it comes before any thread of ours.
+        for each in doors:
+            each.start()
         with self._beating("receiver"):
-            for each in doors:
-                each.start()
             wait_for_stop()
             for each in doors:
                 each.stop()
+        self.store.close()
 
     def run_web(self) -> None:
         """The web app, with the DICOMweb door and the viewer."""

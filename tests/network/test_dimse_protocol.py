@@ -444,7 +444,7 @@ def test_who_says_nothing_is_let_go() -> None:
 def test_a_request_that_trickles_in_is_let_go() -> None:
     with door(artim_seconds=1) as opened, connected(opened.port) as scu:
         started = time.monotonic()
-        with pytest.raises(OSError):  # noqa: PT012 - the door closes at some point of the loop
+        with pytest.raises(OSError):
             for byte in request():
                 scu.send(bytes([byte]))
                 time.sleep(0.05)

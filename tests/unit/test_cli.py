@@ -126,7 +126,12 @@ def test_monai_workflow_is_imported_with_its_report(tmp_path: Path) -> None:
                 "version": "1",
                 "informatics_gateway": {"ae_title": "MONAI", "data_origins": [], "export_destinations": ["PACS"]},
                 "tasks": [
-                    {"id": "seg", "type": "argo", "args": {"workflow_template_name": "t"}, "task_destinations": [{"name": "out"}]},
+                    {
+                        "id": "seg",
+                        "type": "argo",
+                        "args": {"workflow_template_name": "t"},
+                        "task_destinations": [{"name": "out"}],
+                    },
                     {"id": "out", "type": "export", "export_destinations": [{"name": "PACS"}], "task_destinations": []},
                 ],
             }

@@ -41,6 +41,7 @@ class CachedHeaders:
         self._read: dict[Path, pydicom.Dataset] = {}
 
     def __call__(self, ref: InstanceRef) -> pydicom.Dataset:
+        """The instance's header."""
         if ref.path not in self._read:
             self._read[ref.path] = read_header(ref)
         return self._read[ref.path]

@@ -55,7 +55,7 @@ LONGEST = 4000
 DEEPEST = 20
 
 
-class Untranslatable(Exception):  # noqa: N818 - a signal inside the import, told in its report
+class Untranslatable(Exception):
     """A part of an expression has no equivalent; the argument says why."""
 
 

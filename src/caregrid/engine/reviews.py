@@ -30,8 +30,8 @@ def decide(
 ) -> None:
     """Record a decision on an open review.
 
-    corrections: tracking id → measurement's meaning → corrected value. Raises NotFound, AlreadyDecided, StateError (no reason given
-    for a rejection or correction; a correction that names no measurement of the run).
+    corrections: tracking id → measurement's meaning → corrected value. Raises NotFound, AlreadyDecided, StateError (no reason
+    given for a rejection or correction; a correction that names no measurement of the run).
     """
     if decision not in DECISIONS:
         raise StateError(reason=f"a decision is one of {', '.join(DECISIONS)}")

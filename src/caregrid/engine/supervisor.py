@@ -1,4 +1,4 @@
-"""The engine's own loop: closes studies, judges them, takes over dead workers' runs, releases off-peak work, carries the outbox."""
+"""The engine's own loop: closes studies, judges them, takes over dead workers' runs, carries the outbox."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Withdrawal:
         with reading(self.engine) as connection:
             study = load_study(connection, self.folder, run["study_instance_uid"])
         digest = next(iter(run["models"].values()))
-        manifest, _ = self.registry.load(digest)
+        manifest = self.registry.manifest(digest)
         moment = datetime.now(UTC)
         context = ResultContext(
             source_files=(study.series[0].instances[0].path,),

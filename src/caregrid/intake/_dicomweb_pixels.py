@@ -69,7 +69,7 @@ class PixelFile:
         self._file.close()
 
     def _read_header(self) -> None:
-        dataset = pydicom.dcmread(self._file, stop_before_pixels=True, specific_tags=list(_NEEDED))
+        dataset: pydicom.Dataset = pydicom.dcmread(self._file, stop_before_pixels=True, specific_tags=list(_NEEDED))
         self.syntax = UID(dataset.file_meta.TransferSyntaxUID)
         if self.syntax == DeflatedExplicitVRLittleEndian:
             self._file, dataset = _inflated(self._file)

@@ -15,7 +15,6 @@ from fastapi import HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from pydicom.datadict import keyword_for_tag
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import ClientDisconnect
 
 from caregrid.domain.study import Incoming, Receipt, Source
@@ -109,8 +108,8 @@ class Stow:
             receipt = self.receive(Incoming(source=self.source, chunks=part.chunks(), part10=True))
         except IntakeError as error:
             return Outcome(identify(part), failure=error.dimse_status)
-        except (OSError, SQLAlchemyError) as error:
-            # One object's trouble must not take the others' answers with it; the sender is told to try again.
+        except Exception as error:
+            # The edge of the door: one object's trouble must not take the others' answers with it; this one is to be sent again.
             log.error("object not kept", door="dicomweb", error=type(error).__name__)
             return Outcome(identify(part), failure=PROCESSING_FAILURE)
         identity = Identity(receipt.sop_class_uid, receipt.sop_instance_uid, receipt.study_instance_uid)

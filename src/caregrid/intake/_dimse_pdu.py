@@ -24,7 +24,7 @@ AFFECTED_CLASS, COMMAND_FIELD, MESSAGE_ID, DATA_SET_TYPE = (0, 0x0002), (0, 0x01
 _ANSWERED_ID, _STATUS, _ERROR_COMMENT, AFFECTED_INSTANCE = (0, 0x0120), (0, 0x0900), (0, 0x0902), (0, 0x1000)
 
 
-class Violation(Exception):  # noqa: N818 - the end of an association, not an error of caregrid's
+class Violation(Exception):
     """The peer broke the protocol: what it did, and the reason our A-ABORT gives (PS3.8 table 9-26)."""
 
     UNRECOGNISED_PDU, UNEXPECTED_PDU, UNEXPECTED_PARAMETER, INVALID_PARAMETER = 1, 2, 5, 6

@@ -22,7 +22,7 @@ _AHEAD = 8192
 _QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 
 
-class PeerClosed(Exception):  # noqa: N818 - an ordinary end, not an error
+class PeerClosed(Exception):
     """The peer closed the connection, or it broke."""
 
 

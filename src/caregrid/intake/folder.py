@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from caregrid.domain.settings import FolderSettings
 from caregrid.domain.study import Incoming, Receipt, Source
@@ -77,7 +76,7 @@ class FolderDoor:
             try:
                 self.look()
             except Exception as error:
-                # The edge of the door's thread: one file must not close the door for those that come after it.
+                # The edge of the door's thread: a folder that cannot be read just now must not close the door for good.
                 log.error("folder door failed, and goes on", door="folder", error=type(error).__name__)
             self._stopping.wait(self._settings.poll_seconds)
 
@@ -112,8 +111,8 @@ class FolderDoor:
             return self._take_or_refuse(path)
         except StoreFull:
             return self._later(path, "the store is full")
-        except (OSError, SQLAlchemyError) as error:
-            # Unreadable just now, or the index cannot be written: the file stays where it is.
+        except Exception as error:
+            # The edge of the door: whatever kept this file from being kept, it stays where it is and the others go on.
             return self._later(path, type(error).__name__)
 
     def _take_or_refuse(self, path: Path) -> bool:

@@ -143,7 +143,7 @@ def check_apart(data: Path, python: Python) -> None:
             raise ConfigError(reason=f"the site's data must not lie in {folder}, which every algorithm can read")
 
 
-class Ended(Exception):  # noqa: N818 - how a process ended, turned into a named error by whoever knows the algorithm
+class Ended(Exception):
     """The sandboxed process ended, was stopped, or went silent. how: exit, timeout, stopped, flood, too-much."""
 
     def __init__(self, how: str, status: int | None = None, memory: bool = False, errors: bytes = b"") -> None:

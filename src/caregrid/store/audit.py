@@ -22,7 +22,7 @@ def append(
 ) -> int:
     """Add a record within the caller's transaction and return its sequence number.
 
-    subject is ``thing:key`` (``run:…``, ``study:<UID>``, ``model:<name>@<version>``). detail must be JSON and hold no patient data.
+    subject is ``thing:key`` (``run:…``, ``study:<UID>``, ``model:<name>@<version>``). detail is JSON without patient data.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(sa.text("select pg_advisory_xact_lock(4242001)"))

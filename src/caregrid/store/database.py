@@ -16,13 +16,14 @@ def open_engine(url: str, pool_size: int = 10) -> sa.Engine:
     """A SQLAlchemy engine for ``url`` (``sqlite:///…`` or ``postgresql+psycopg://…``) with caregrid's durability settings."""
     if url.startswith("sqlite"):
         return _sqlite(url)
-    return sa.create_engine(url, pool_size=pool_size, max_overflow=20, pool_pre_ping=True)
+    return sa.create_engine(url, pool_size=pool_size, max_overflow=20, pool_pre_ping=True, hide_parameters=True)
 
 
 def _sqlite(url: str) -> sa.Engine:
+    # Parameters are hidden in errors, since they hold patient data.
     # A read that becomes a write must hold the write lock from its first statement: busy_timeout does not help
     # a transaction that has to upgrade (SQLITE_BUSY comes at once).
-    engine = sa.create_engine(url, connect_args={"timeout": 30}, pool_size=10, max_overflow=20)
+    engine = sa.create_engine(url, connect_args={"timeout": 30}, pool_size=10, max_overflow=20, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
