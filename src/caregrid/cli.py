@@ -310,6 +310,20 @@ def model_retire(name: str, version: str, why: Why, home: Home = HERE) -> None:
     typer.echo(f"{name} {version} retired")
 
 
+@model_app.command("activate")
+def model_activate(name: str, version: str, why: Why, home: Home = HERE) -> None:
+    """Let new runs use a signed model (again)."""
+    _open(home).registry.activate(name, version, _who(), why)
+    typer.echo(f"{name} {version} is active")
+
+
+@model_app.command("revoke")
+def model_revoke(key_id: str, why: Why, home: Home = HERE) -> None:
+    """Trust a key no longer: what it signed does not run any more. The key's id, or its first eight characters or more."""
+    _open(home).registry.revoke(key_id, _who(), why)
+    typer.echo(f"key {key_id} revoked")
+
+
 @model_app.command("list")
 def model_list(home: Home = HERE) -> None:
     """Every model of the registry."""
