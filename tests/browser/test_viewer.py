@@ -166,7 +166,7 @@ def test_what_scanners_send_is_drawn(site: DoorSite, watched: Watched, tmp_path:
     watched.page.goto(site.url.removesuffix("/dicom-web") + viewer.address(study))
     watched.page.wait_for_selector(".cornerstone-canvas", timeout=60_000)
     watched.page.get_by_text("Confirm and hide").click()
-    assert until(lambda: middle(watched.picture()).std() > 10, 40), "the image is drawn"
+    assert until(lambda: middle(watched.picture()).std() > 10, 120), "the image is drawn"
     watched.page.screenshot(path=tmp_path / "viewer.png")
     assert watched.off_origin == []
     assert watched.failed == []
