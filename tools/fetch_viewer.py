@@ -88,7 +88,7 @@ def kept_files(package: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def relocated(name: str, content: bytes) -> bytes:
-    """A script or style that finds its chunks, workers, WebAssembly and fonts beside itself. Exits when the release is built another way."""
+    """A script or style that finds what it loads beside itself. Exits when the release is built another way."""
     if name.startswith("app.bundle.") and name.endswith(".js") and ROOT not in content:
         raise SystemExit(f"{name} does not set its root as expected; look at how this release is built")
     if name.endswith(".css"):
