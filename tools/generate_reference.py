@@ -12,7 +12,6 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import typer.core
 from typer.main import get_command
 
 from caregrid import cli, errors
@@ -53,7 +52,7 @@ def settings_page() -> str:
         for field in dataclasses.fields(kind):
             out.append(f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} |\n")
     out.append(
-        "\n`CAREGRID_DATABASE_URL` in the environment overrides `[site] database`, so that a password need not stand in the file.\n"
+        "\n`CAREGRID_DATABASE_URL` in the environment overrides `[site] database`, so that no password need stand in the file.\n"
     )
     return "".join(out)
 

@@ -23,7 +23,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from caregrid.domain.study import Incoming, Receipt, Source
-from caregrid.errors import IntakeError, SopMismatch, StoreFull
+from caregrid.errors import IntakeError, MalformedObject, SopMismatch, StoreFull
 from caregrid.store._header import Bytes, Header, read_header
 from caregrid.store._index import Entry, Index
 from caregrid.store._journal import Journal, Label, leftovers, whole
@@ -260,10 +260,14 @@ def _understand(incoming: Incoming, half: HalfFile) -> tuple[Header, str]:
     """The object's header and the SHA-256 of its data set, so that the same object by DIMSE and by STOW compares equal."""
     if len(incoming.chunks) == 1:
         return _check(incoming, incoming.chunks[0], incoming.part10)
-    # Many pieces are looked at in the file just written: no second copy in memory, however large the object is.
-    with mmap(half.handle, 0, access=ACCESS_READ) as content, memoryview(content) as view:
-        start = 0 if incoming.part10 else os.fstat(half.handle).st_size - sum(len(chunk) for chunk in incoming.chunks)
-        return _check(incoming, view[start:], incoming.part10)
+    length = sum(len(memoryview(chunk)) for chunk in incoming.chunks)
+    if length == 0:
+        raise MalformedObject(reason="it is empty")
+    # Many pieces are looked at in the file just written: no second copy in memory, however large the object is. The map goes
+    # with the last view of it; closing it here would fail while an error's traceback still holds one.
+    content = memoryview(mmap(half.handle, 0, access=ACCESS_READ))
+    start = 0 if incoming.part10 else len(content) - length
+    return _check(incoming, content[start:], incoming.part10)
 
 
 def _check(incoming: Incoming, content: Bytes, part10: bool) -> tuple[Header, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from caregrid.domain.settings import SiteSettings
 from caregrid.errors import SignInNeeded
 from caregrid.store import users
 from caregrid.store.users import Session
-from caregrid.web import _words, security
+from caregrid.web import _words, security, viewer
 from caregrid.web.actions import Actions
 
 HERE = Path(__file__).parent
@@ -143,9 +144,15 @@ def environment() -> Environment:
     return found
 
 
-def viewer_link(study_uid: str) -> str:
-    """Where the image viewer shows a study."""
-    return f"/viewer/viewer?{urlencode({'StudyInstanceUIDs': study_uid})}"
+def viewer_link(study_uid: str, runs: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Where the image viewer shows a study, with the last valid segmentation of its runs laid over the images."""
+    drawn = [
+        each["series_instance_uid"]
+        for run in runs
+        for each in run["results"]
+        if each["kind"] == "dicom_seg" and each["state"] == "valid"
+    ]
+    return viewer.address(study_uid, drawn[-1] if drawn else "")
 
 
 def render(request: Request, template: str, session: Session | None = None, status: int = 200, **context: Any) -> HTMLResponse:

@@ -383,3 +383,31 @@ def test_every_kind_of_encoding(light: Kept, name: str) -> None:
     assert (row["rows"], row["columns"]) == (expected.get("Rows"), expected.get("Columns"))
     assert row["number_of_frames"] == (int(expected.NumberOfFrames) if "NumberOfFrames" in expected else None)
     assert pydicom.dcmread(light.store.path(str(row["path"]))) == pydicom.dcmread(str(path))
+
+
+@pytest.mark.parametrize("part_10", [True, False])
+@pytest.mark.parametrize("size", [1000, 7])
+def test_object_in_many_pieces_is_the_object_in_one(light: Kept, part_10: bool, size: int) -> None:
+    dataset = new_study(1)[0]
+    whole = part10(dataset) if part_10 else bare(dataset).content
+    pieces = [memoryview(bytearray(whole[start : start + size])) for start in range(0, len(whole), size)]
+    announced = {} if part_10 else {
+        "sop_class_uid": str(dataset.SOPClassUID),
+        "sop_instance_uid": str(dataset.SOPInstanceUID),
+        "transfer_syntax_uid": str(dataset.file_meta.TransferSyntaxUID),
+    }  # fmt: skip
+    assert light.store.receive(Incoming(SOURCE, pieces, part10=part_10, **announced)).status == "stored"
+    assert light.store.receive(Incoming(SOURCE, [whole], part10=part_10, **announced)).status == "duplicate"
+
+
+@pytest.mark.parametrize("pieces", [[], [b""], [b"", b""], [b"x" * 100, b"y" * 200]])
+@pytest.mark.parametrize("part_10", [True, False])
+def test_nothing_and_nonsense_in_pieces_are_refused_by_name(light: Kept, part_10: bool, pieces: list[bytes]) -> None:
+    announced = {
+        "sop_class_uid": "1.2.840.10008.5.1.4.1.1.2",
+        "sop_instance_uid": "1.2.3",
+        "transfer_syntax_uid": "1.2.840.10008.1.2.1",
+    }
+    with pytest.raises(MalformedObject):
+        light.store.receive(Incoming(SOURCE, pieces, part10=part_10, **announced))
+    assert len(light.rows(quarantine)) == 1
