@@ -6,6 +6,8 @@ import getpass
 import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ import typer
 from caregrid.errors import CaregridError, WorkflowInvalid
 
 if TYPE_CHECKING:
+    from caregrid.domain.study import StudyRef
     from caregrid.site import Site
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Run AI in everyday hospital care.")
@@ -97,11 +100,10 @@ def site_start(
     site.prepare()
     settings = site.settings
     site.close()
-    roles = ["receiver", "web", "supervisor"] + ["worker"] * (workers or settings.engine.workers)
     scheme = "https" if settings.web.tls else "http"
     typer.echo(f"{settings.name}: DICOM on port {settings.dimse.port} ({', '.join(settings.dimse.ae_titles)}), ", nl=False)
     typer.echo(f"pages at {scheme}://{settings.web.host}:{settings.web.port}/")
-    Keeper(settings, roles).run()
+    Keeper(settings, workers).run()
 
 
 @site_app.command("part", hidden=True)
@@ -434,23 +436,23 @@ def workflow_dry_run(
     """On how many stored studies a workflow would have run, and why not on the others. Nothing is run."""
     from rich.progress import track
 
-    from caregrid.engine.judge import CachedHeaders
-    from caregrid.engine.workflows import judge, parse_workflow
+    from caregrid.engine.judge import cached_headers
+    from caregrid.engine.workflows import dry_run, parse_workflow
     from caregrid.store.database import reading
     from caregrid.store.status import study_uids_since
     from caregrid.store.studies import load_study
 
     site, flow = _open(home), parse_workflow(file.read_text("utf-8"), str(file))
-    uids, fired = study_uids_since(site.engine, since), 0
-    reasons: dict[str, int] = {}
-    for uid in track(uids, description="Judging", disable=not sys.stderr.isatty()):
-        with reading(site.engine) as connection:
-            study = load_study(connection, site.folder, uid)
-        verdict = judge(flow, study, CachedHeaders())
-        fired += verdict.applies
-        reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
-    rows = [[count, reason] for reason, count in sorted(reasons.items(), key=lambda each: -each[1])]
-    _table(f"{flow.name} would have run on {fired} of {len(uids)} studies", ["studies", "reason"], rows)
+
+    def stored() -> Iterator[StudyRef]:
+        for uid in track(study_uids_since(site.engine, since), description="Judging", disable=not sys.stderr.isatty()):
+            with reading(site.engine) as connection:
+                yield load_study(connection, site.folder, uid)
+
+    done = dry_run(flow, stored(), cached_headers(512))
+    reasons = Counter(verdict.reason for _, verdict in done.verdicts)
+    rows = [[count, reason] for reason, count in reasons.most_common()]
+    _table(f"{flow.name} would have run on {done.would_fire} of {done.total} studies", ["studies", "reason"], rows)
 
 
 @workflow_app.command("import-monai")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,9 +55,6 @@ if TYPE_CHECKING:
     from caregrid.web.actions import Actions
 
 log = structlog.get_logger()
-
-#: Processes of a site, in the order they are started.
-ROLES = ("receiver", "web", "supervisor", "worker")
 
 
 class Site:
@@ -177,7 +174,7 @@ class Site:
 
     def run_worker(self) -> None:
         """Runs algorithms."""
-        name = f"worker-{socket.gethostname()}-{os.getpid()}"
+        name = process_name("worker")
         settings = self.settings.engine
         with self._beating("worker", name):
             runtime = self.runtime()
@@ -190,9 +187,7 @@ class Site:
 
     @contextlib.contextmanager
     def _beating(self, role: str, name: str | None = None) -> Iterator[None]:
-        heart = Heartbeat(
-            self.engine, name or f"{role}-{socket.gethostname()}-{os.getpid()}", role, self.settings.engine.heartbeat_seconds
-        )
+        heart = Heartbeat(self.engine, name or process_name(role), role, self.settings.engine.heartbeat_seconds)
         heart.start()
         try:
             yield
@@ -224,7 +219,7 @@ class Site:
 
     def outbox(self) -> Outbox:
         """A courier for every destination."""
-        owner = f"{socket.gethostname()}-{os.getpid()}"
+        owner = process_name("courier")
         couriers = []
         for destination in self.settings.destinations:
             plug = load("results", destination.kind)
@@ -275,17 +270,21 @@ class Site:
 
     def echo(self, destination_name: str) -> str:
         """Ask a destination whether it is there; what it said, in words. Raises NotFound, DeliveryFailed."""
+        destination = self._destination(destination_name)
+        return str(load("results", destination.kind).echo(destination))
+
+    def _destination(self, name: str) -> Destination:
         for destination in self.settings.destinations:
-            if destination.name == destination_name:
-                return str(load("results", destination.kind).echo(destination))
-        raise NotFound(thing="destination", key=destination_name)
+            if destination.name == name:
+                return destination
+        raise NotFound(thing="destination", key=name)
 
     def _expected_count(self, destination_name: str, study_instance_uid: str) -> int | None:
-        for destination in self.settings.destinations:
-            if destination.name == destination_name and destination.kind == "cstore":
-                count: int | None = load("results", "cstore").expected_instances(destination, study_instance_uid)
-                return count
-        return None
+        destination = self._destination(destination_name)
+        if destination.kind != "cstore":
+            return None
+        count: int | None = load("results", "cstore").expected_instances(destination, study_instance_uid)
+        return count
 
     def _rejected(self, source: Any, what: str, reason: str) -> None:
         record_rejection(self.engine, source, what, reason)
@@ -306,11 +305,22 @@ def _commitment(plug: ModuleType, destination: Destination) -> Commit | None:
     return functools.partial(request, listen=(destination.commitment_host, destination.commitment_port))
 
 
-def wait_for_stop() -> None:
-    """Return when the process is asked to end (SIGTERM, SIGINT)."""
+def process_name(role: str) -> str:
+    """What this process is called in the database: no two that are alive share a name."""
+    return f"{role}-{socket.gethostname()}-{os.getpid()}"
+
+
+def stop_signal() -> threading.Event:
+    """An event that is set when the process is asked to end (SIGTERM, SIGINT)."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def wait_for_stop() -> None:
+    """Return when the process is asked to end."""
+    stop = stop_signal()
     while not stop.wait(1.0):
         if os.getppid() == 1 and os.environ.get("CAREGRID_KEPT"):
             # The keeper is gone; a process nobody keeps would run against an operator's wish.
@@ -326,11 +336,14 @@ class _Kept:
 
 
 class Keeper:
-    """Starts a site's processes and starts again what dies, with a growing pause for what dies at once."""
+    """Starts a site's processes and starts again what dies, with a growing pause for what dies at once.
 
-    def __init__(self, settings: SiteSettings, roles: Sequence[str] | None = None) -> None:
+    workers: how many worker processes; 0: as the settings say.
+    """
+
+    def __init__(self, settings: SiteSettings, workers: int = 0) -> None:
         self.settings = settings
-        self.roles = list(roles) if roles else ["receiver", "web", "supervisor"] + ["worker"] * settings.engine.workers
+        self.roles = ["receiver", "web", "supervisor"] + ["worker"] * (workers or settings.engine.workers)
         self.kept: list[_Kept] = []
 
     def start(self) -> None:
@@ -371,9 +384,7 @@ class Keeper:
 
     def run(self) -> None:
         """Keep the site going until told to stop."""
-        stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
+        stop = stop_signal()
         self.start()
         while not stop.wait(0.5):
             self.look()

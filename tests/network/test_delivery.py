@@ -26,7 +26,8 @@ from caregrid.errors import DeliveryFailed
 from caregrid.results import cstore, dicom_kos, write_results
 from tests.support.certificates import Authority
 from tests.support.data import shared
-from tests.support.orthanc import Orthanc, free_port
+from tests.support.orthanc import Orthanc
+from tests.support.ports import free_port
 from tests.support.results import context, ct_series, findings
 
 pytestmark = pytest.mark.network

@@ -22,7 +22,8 @@ from caregrid.domain.settings import Destination
 from caregrid.errors import DeliveryFailed, DeliveryRefused
 from caregrid.results import cstore, stow, write_results
 from tests.support.certificates import Authority
-from tests.support.orthanc import Orthanc, free_port
+from tests.support.orthanc import Orthanc
+from tests.support.ports import free_port
 from tests.support.results import context, ct_series, findings
 
 pytestmark = pytest.mark.network

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from caregrid.engine.durable import InlineQueue, Queue, prepare_schema
+from caregrid.engine.durable import Queue, prepare_schema
 from caregrid.store.database import open_engine, writing
 from caregrid.store.migrate import migrate
+from tests.support.inline_queue import InlineQueue
 
 WORKER = """
 import sys, time

@@ -21,6 +21,7 @@ from caregrid.intake.dimse import DimseDoor
 from caregrid.plugs import load
 from caregrid.store.database import create_all, open_engine
 from caregrid.store.instances import InstanceStore
+from tests.support.scu import exactly
 
 LOCAL = DimseSettings(host="127.0.0.1", port=0, idle_seconds=5, artim_seconds=5)
 
@@ -116,23 +117,10 @@ def connected(port: int, *first: bytes) -> Iterator[socket.socket]:
 
 def read_pdu(peer: socket.socket) -> tuple[int, bytes]:
     """(type, body) of the next PDU; (0, b"") when the peer closed."""
-    head = _exactly(peer, 6)
+    head = exactly(peer, 6)
     if len(head) < 6:
         return 0, b""
-    return head[0], _exactly(peer, struct.unpack(">I", head[2:])[0])
-
-
-def _exactly(peer: socket.socket, count: int) -> bytes:
-    got = b""
-    while len(got) < count:
-        try:
-            piece = peer.recv(count - len(got))
-        except ConnectionResetError:
-            return b""
-        if not piece:
-            return b""
-        got += piece
-    return got
+    return head[0], exactly(peer, struct.unpack(">I", head[2:])[0])
 
 
 # a sender for each plug: (receiver, datasets) → what the sender was told about each, True for "kept" -------------------------

@@ -114,8 +114,8 @@ class Scu:
 
     def read(self) -> tuple[int, bytes]:
         """(type, body) of the next PDU; (0, b"") when the peer has closed."""
-        head = self._exactly(6)
-        return (head[0], self._exactly(struct.unpack(">I", head[2:])[0])) if len(head) == 6 else (0, b"")
+        head = exactly(self.peer, 6)
+        return (head[0], exactly(self.peer, struct.unpack(">I", head[2:])[0])) if len(head) == 6 else (0, b"")
 
     def associate(self, *arguments: object, **more: object) -> tuple[int, bytes]:
         """Send an association request and read the answer."""
@@ -158,17 +158,19 @@ class Scu:
         self.send(pdu(5, bytes(4)))
         assert self.read()[0] == 6
 
-    def _exactly(self, count: int) -> bytes:
-        got = b""
-        while len(got) < count:
-            try:
-                piece = self.peer.recv(count - len(got))
-            except ConnectionResetError:
-                return b""
-            if not piece:
-                return b""
-            got += piece
-        return got
+
+def exactly(peer: socket.socket, count: int) -> bytes:
+    """``count`` bytes from ``peer``; nothing when it closed before they had all come."""
+    got = b""
+    while len(got) < count:
+        try:
+            piece = peer.recv(count - len(got))
+        except ConnectionResetError:
+            return b""
+        if not piece:
+            return b""
+        got += piece
+    return got
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from caregrid.engine.judge import pinned_workflow
 from caregrid.engine.outbox import settle_run
 from caregrid.engine.plan import ENDED, Readiness, TaskStand, outcome, readiness
 from caregrid.errors import CaregridError, ResultInvalid, RuntimeFailure, StateError
-from caregrid.store.database import reading, writing
+from caregrid.store.database import writing
 from caregrid.store.studies import move_run, run_row
 from caregrid.store.tables import now, run, task
 
@@ -208,9 +208,3 @@ def _set_task(connection: sa.Connection, run_id: str, task_id: str, **values: An
 def _stands(connection: sa.Connection, run_id: str) -> dict[str, TaskStand]:
     query = sa.select(task.c.task_id, task.c.state, task.c.output).where(task.c.run_id == run_id)
     return {row.task_id: TaskStand(row.state, row.output or {}) for row in connection.execute(query)}
-
-
-def stands_of(engine: sa.Engine, run_id: str) -> dict[str, TaskStand]:
-    """Where every task of a run stands."""
-    with reading(engine) as connection:
-        return _stands(connection, run_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import sqlalchemy as sa
 
 from caregrid.domain.study import InstanceRef, StudyRef
 from caregrid.domain.workflow import Verdict, Workflow
+from caregrid.engine.conditions import Headers
 from caregrid.engine.workflows import judge as judge_workflow
 from caregrid.engine.workflows import parse_workflow, priority_of, topological_order
 from caregrid.errors import RegistryError, WorkflowUnknown
@@ -34,23 +36,21 @@ def read_header(ref: InstanceRef) -> pydicom.Dataset:
     return pydicom.dcmread(ref.path, stop_before_pixels=True, force=True)
 
 
-class CachedHeaders:
-    """Headers of one study, each file read once."""
+def cached_headers(most: int | None = None) -> Headers:
+    """``read_header`` that reads each file once; ``most`` bounds how many it remembers, for work over many studies."""
+    return lru_cache(maxsize=most)(read_header)
 
-    def __init__(self) -> None:
-        self._read: dict[Path, pydicom.Dataset] = {}
 
-    def __call__(self, ref: InstanceRef) -> pydicom.Dataset:
-        """The instance's header."""
-        if ref.path not in self._read:
-            self._read[ref.path] = read_header(ref)
-        return self._read[ref.path]
+@lru_cache(maxsize=128)
+def _parsed(text: str, file: str) -> Workflow:
+    """A stored revision never changes, and a run asks for its own at every task."""
+    return parse_workflow(text, file)
 
 
 def active_workflows(connection: sa.Connection) -> list[Workflow]:
     """The active revision of every workflow, by name. A stored revision was validated when it was added."""
     query = sa.select(workflow_revision).where(workflow_revision.c.active).order_by(workflow_revision.c.name)
-    return [parse_workflow(row.source_text, f"{row.name}@{row.revision}") for row in connection.execute(query)]
+    return [_parsed(row.source_text, f"{row.name}@{row.revision}") for row in connection.execute(query)]
 
 
 def add_workflow(engine: sa.Engine, text: str, file: str, who: str, why: str) -> Workflow:
@@ -101,7 +101,7 @@ def pinned_workflow(connection: sa.Connection, name: str, revision: str) -> Work
     )
     if text is None:
         raise WorkflowUnknown(name=f"{name}@{revision}")
-    return parse_workflow(text, f"{name}@{revision}")
+    return _parsed(text, f"{name}@{revision}")
 
 
 def off_peak_now(hours: tuple[int, int], moment: datetime | None = None) -> bool:
@@ -125,13 +125,14 @@ class Judge:
     ) -> None:
         self.engine, self.folder, self.registry = engine, folder, registry
         self.queue, self.source_names, self.off_peak = queue, source_names, off_peak
+        self._released: set[tuple[str, int]] = set()
 
     def study_closed(self, study_instance_uid: str) -> list[Verdict]:
         """Judge one complete study; in one transaction its verdicts, runs and queue entries, or nothing."""
         with reading(self.engine) as connection:
             study = load_study(connection, self.folder, study_instance_uid)
             workflows = active_workflows(connection)
-        headers = CachedHeaders()
+        headers = cached_headers()
         names = self.source_names(study.source.calling_ae)
         judged = [(flow, judge_workflow(flow, study, headers, names)) for flow in workflows]
         with writing(self.engine) as connection:
@@ -142,7 +143,7 @@ class Judge:
         return [each for _, each in judged]
 
     def _write(
-        self, connection: sa.Connection, study: StudyRef, judged: list[tuple[Workflow, Verdict]], headers: CachedHeaders
+        self, connection: sa.Connection, study: StudyRef, judged: list[tuple[Workflow, Verdict]], headers: Headers
     ) -> None:
         uid = study.study_instance_uid
         for _, each in judged:
@@ -177,7 +178,7 @@ class Judge:
             )
         )
 
-    def _start_run(self, connection: sa.Connection, study: StudyRef, flow: Workflow, headers: CachedHeaders) -> None:
+    def _start_run(self, connection: sa.Connection, study: StudyRef, flow: Workflow, headers: Headers) -> None:
         key = run_id(study.study_instance_uid, study.generation, flow.name)
         if connection.scalar(sa.select(run.c.id).where(run.c.id == key)):
             return
@@ -236,8 +237,12 @@ class Judge:
         query = sa.select(run.c.id, run.c.round).where(run.c.state == "queued", run.c.priority == "off-peak", run.c.attempts == 0)
         with reading(self.engine) as connection:
             rows = connection.execute(query).all()
-        if rows:
+        # Queued once is enough: the same runs are found at every look until a worker begins them.
+        waiting = {(row.id, row.round) for row in rows}
+        new = waiting - self._released
+        if new:
             with writing(self.engine) as connection:
-                for row in rows:
-                    self.queue.enqueue(connection, row.id, row.round, "off-peak")
+                for key, round_number in sorted(new):
+                    self.queue.enqueue(connection, key, round_number, "off-peak")
+        self._released = waiting
         return len(rows)

@@ -26,6 +26,7 @@ from caregrid.domain.findings import Finding, Findings
 from caregrid.errors import ResultInvalid
 from caregrid.results import Apart, ResultContext, Validation, each_result, read_header, validate, write_results
 from caregrid.runtime.exchange import read_findings, write_findings
+from caregrid.store.files import sync_path
 
 _SAFE = re.compile(r"[^A-Za-z0-9_.-]")
 _UID = re.compile(r"[0-9.]{1,64}")
@@ -76,9 +77,9 @@ class KeptResults:
         for number, path in enumerate(objects):
             shutil.copyfile(path, half / f"object-{number}.dcm")
         for file in half.iterdir():
-            _sync(file)
+            sync_path(file)
         half.rename(folder / "findings")
-        _sync(folder)
+        sync_path(folder)
 
     def finished_at(self, folder: Path) -> datetime:
         """When the algorithm had finished: the creation time of its results, the same at every retry."""
@@ -145,9 +146,9 @@ class KeptResults:
     def _kept(self, kind: str, path: Path, half: Path | None, check: Callable[[Path], Validation]) -> MadeResult:
         """Make a half-written object whole (fsync, rename, fsync) and validate what lies on disk."""
         if half is not None:
-            _sync(half)
+            sync_path(half)
             os.replace(half, path)
-            _sync(path.parent)
+            sync_path(path.parent)
         verdict = check(path)
         meta = pydicom.dcmread(path, stop_before_pixels=True)
         with path.open("rb") as file:
@@ -193,11 +194,3 @@ def _correct(finding: Finding, values: Mapping[str, Any]) -> Finding:
         for each in finding.measurements
     )
     return dataclasses.replace(finding, measurements=measurements)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

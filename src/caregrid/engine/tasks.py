@@ -25,7 +25,7 @@ from caregrid.domain.workflow import RESULT_FORMATS, Condition
 from caregrid.engine import outbox
 from caregrid.engine.conditions import choose_case, select_series
 from caregrid.engine.flow import Done, Job
-from caregrid.engine.judge import CachedHeaders
+from caregrid.engine.judge import cached_headers
 from caregrid.engine.kept import KeptResults, MadeResult
 from caregrid.errors import NoSuitableInput, ResultInvalid, WorkflowError
 from caregrid.registry.registry import Registry
@@ -114,7 +114,7 @@ class Tasks:
     def select(self, job: Job) -> Done:
         """Choose series; the output names them, so that a retry runs on the same ones."""
         options = job.task.options
-        chosen, reason = select_series(options.get("series"), options.get("choose", "all"), self._study(job), CachedHeaders())
+        chosen, reason = select_series(options.get("series"), options.get("choose", "all"), self._study(job), cached_headers())
         if not chosen:
             raise NoSuitableInput(input=job.task.id, reason=reason)
         output: dict[str, Any] = {
@@ -251,7 +251,7 @@ class Tasks:
         """Take the first case that holds, else ``otherwise``."""
         values = {name: stand.output.get("values", {}) for name, stand in job.stands.items() if stand.state == "done"}
         cases: Sequence[tuple[str, Condition]] = job.task.options["cases"]
-        name, reason = choose_case(cases, job.task.options["otherwise"], self._study(job), CachedHeaders(), values)
+        name, reason = choose_case(cases, job.task.options["otherwise"], self._study(job), cached_headers(), values)
         return Done({"case": name}, reason=reason)
 
     # review ---------------------------------------------------------------------------------------------------------

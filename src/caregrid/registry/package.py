@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caregrid.errors import PackageRefused
+from caregrid.store.files import sync_path
 
 SIGNATURE_FILE = "signature.dsse.json"
 MAX_FILES = 20_000
@@ -136,13 +137,4 @@ def write_durably(path: Path, content: bytes) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(path.parent)

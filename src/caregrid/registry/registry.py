@@ -39,10 +39,10 @@ from caregrid.registry.package import (
     digest_of,
     fingerprint,
     list_files,
-    sync_folder,
 )
 from caregrid.store import audit
 from caregrid.store.database import reading, writing
+from caregrid.store.files import sync_path
 from caregrid.store.tables import model, now, trusted_key
 
 #: File times are coarse: a file changed this shortly before it was hashed could change again without showing.
@@ -122,7 +122,7 @@ class Registry:
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
                 os.rename(scratch, target)
-                sync_folder(target.parent)
+                sync_path(target.parent)
             elif not (target / SIGNATURE_FILE).exists() and (scratch / SIGNATURE_FILE).exists():
                 os.rename(scratch / SIGNATURE_FILE, target / SIGNATURE_FILE)
             if row:
@@ -259,10 +259,6 @@ class Registry:
         if row is None:
             raise ModelUnknown(name="with digest", version=digest)
         return row
-
-    def path_of(self, digest: str) -> Path:
-        """Where the files of a model lie, unverified: for showing its model card, never for running it."""
-        return self.folder / _relative(digest)
 
     # --- checking ---
 

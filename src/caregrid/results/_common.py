@@ -17,7 +17,6 @@ from pydicom import dcmread
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.sr.coding import Code as DicomCode
 from pydicom.tag import Tag
 from pydicom.uid import UID
 from pydicom.valuerep import DA, DT, TM, PersonName
@@ -394,8 +393,3 @@ def texts(dataset: Dataset, skip: Collection[str] = ("PerFrameFunctionalGroupsSe
                 element.value if isinstance(element.value, Sequence) and not isinstance(element.value, str) else [element.value]
             )
             yield from (str(value) for value in values)
-
-
-def dicom_code(code: Code) -> DicomCode:
-    """A domain code as pydicom writes it."""
-    return DicomCode(code.value, code.scheme, code.meaning[:64])

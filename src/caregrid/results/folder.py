@@ -12,6 +12,7 @@ from pydicom import dcmread
 from caregrid.domain.settings import Destination
 from caregrid.errors import DeliveryFailed
 from caregrid.results._common import Sent
+from caregrid.store.files import sync_path
 
 DESTINATION = "folder"
 
@@ -49,14 +50,6 @@ def _put(folder: Path, path: Path) -> Sent:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
-    _sync_folder(target.parent)
-    _sync_folder(folder)
+    sync_path(target.parent)
+    sync_path(folder)
     return Sent(str(header.SOPInstanceUID), True, "0000")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -28,7 +28,7 @@ from pathlib import Path
 import structlog
 
 from caregrid.domain.study import Source
-from caregrid.store.files import Buffer, free_bytes, sync_folder
+from caregrid.store.files import Buffer, free_bytes, sync_path
 
 log = structlog.get_logger()
 
@@ -76,7 +76,7 @@ class Segment:
             os.pwrite(self.handle, zeros[: size - start], start)
         os.fsync(self.handle)
         os.rename(unfinished, path)
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
     def begin(self) -> None:
         """Start over."""

@@ -68,7 +68,7 @@ class HalfFile:
             os.rename(self.path, final)
             self._placed = True
             if wait:
-                sync_folder(os.path.dirname(final))
+                sync_path(os.path.dirname(final))
         except OSError as error:
             raise _named(error) from error
 
@@ -82,9 +82,9 @@ class HalfFile:
                 os.unlink(self.path)
 
 
-def sync_folder(folder: str | Path) -> None:
-    """The folder's entries (what is in it, under which name) are on the disk when this returns."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_path(path: str | Path) -> None:
+    """A file's bytes, or a folder's entries (what is in it, under which name), are on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -116,7 +116,7 @@ def make_folder(folder: Path, wait: bool = True) -> None:
     try:
         folder.mkdir(exist_ok=True)
         if wait:
-            sync_folder(folder.parent)
+            sync_path(folder.parent)
     except OSError as error:
         raise _named(error) from error
 

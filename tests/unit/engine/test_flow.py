@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import sqlalchemy as sa
 
-from caregrid.engine.durable import InlineQueue
 from caregrid.engine.flow import Done, Job, RunFlow
 from caregrid.engine.judge import add_workflow
 from caregrid.engine.runs import cancel, retry
@@ -16,6 +15,7 @@ from caregrid.errors import AlgorithmFailed, AlgorithmTimedOut, TransitionRefuse
 from caregrid.store.database import reading, writing
 from caregrid.store.studies import run_row
 from caregrid.store.tables import run, task
+from tests.support.inline_queue import InlineQueue
 from tests.support.rows import put_run, put_study, state_of
 
 FLOW = """\

@@ -18,7 +18,6 @@ from caregrid.domain.codes import Code
 from caregrid.domain.findings import Findings, Segment
 from caregrid.domain.study import Incoming, Source
 from caregrid.engine import reviews
-from caregrid.engine.durable import InlineQueue
 from caregrid.engine.judge import add_workflow
 from caregrid.engine.tasks import HeadersAhead
 from caregrid.results import ResultContext, make_uid, write_results
@@ -26,6 +25,7 @@ from caregrid.setup import add_signed
 from caregrid.site import Site
 from caregrid.store.database import writing
 from caregrid.store.studies import move_study, run_id
+from tests.support.inline_queue import InlineQueue
 from tests.support.scanner import new_study
 from tests.support.site import PACKAGE, make_site, rows, settings_text, workflow_text
 
